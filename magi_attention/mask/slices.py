@@ -1,0 +1,75 @@
+"""Slices, the public spelling of a mask, and their conversion to bands and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from magi_attention.mask.bands import IntArray
+from magi_attention.mask.mask_type import AttnMaskType
+from magi_attention.mask.ranges import AttnRange
+
+
+@dataclass(frozen=True)
+class AttnSlice:
+    """One rectangle of a mask: the queries of ``q_range`` attend the keys of ``k_range`` as ``mask_type`` says."""
+
+    q_range: AttnRange
+    k_range: AttnRange
+    mask_type: AttnMaskType = AttnMaskType.FULL
+
+    def __str__(self) -> str:
+        q, k = self.q_range, self.k_range
+        return f"q [{q.start}, {q.end}) x k [{k.start}, {k.end}) {self.mask_type.value}"
+
+
+def slices_to_bands(q_ranges: IntArray, k_ranges: IntArray, mask_types: IntArray) -> IntArray:
+    """One band a slice, in order, not tight: slices without a cell stay, so that row n is slice n.
+
+    Args:
+        q_ranges: ``(start, end)`` of each slice's queries, shape ``(n, 2)``.
+        k_ranges: The same of its keys.
+        mask_types: Codes 0 full, 1 causal, 2 inverse causal, 3 bi-causal, shape ``(n,)``.
+    """
+    q0, q1 = q_ranges[:, 0], q_ranges[:, 1]
+    k0, k1 = k_ranges[:, 0], k_ranges[:, 1]
+    causal, inverse = (mask_types & 1).astype(bool), (mask_types & 2).astype(bool)
+    lo = np.where(inverse, k0 - q0, k0 - q1 + 1)
+    hi = np.where(causal, k1 - q1, k1 - q0 - 1)
+    return np.stack((q0, q1, k0, k1, lo, hi), axis=1)
+
+
+def bands_to_slices(bands: IntArray) -> list[AttnSlice]:
+    """Spell bands in the four mask types: at most three slices a band, with the same cells.
+
+    A row's interval begins at the rectangle's left side or on the strip, and ends on the strip or at the right side.
+    Both change at most once over a band's rows; between the changes the rows form one slice.
+    """
+    slices = []
+    for q0, q1, k0, k1, lo, hi in bands.tolist():
+        # The first row whose interval begins on the strip, and the first whose interval ends at the right side.
+        on_strip = k0 - lo if lo > k0 - q1 + 1 else q1
+        at_right = k1 - hi if hi < k1 - 1 - q0 else q0
+        cuts = sorted({q0, q1, *(c for c in (on_strip, at_right) if q0 < c < q1)})
+        for a, b in pairwise(cuts):
+            code = 2 * (a >= on_strip) + (b <= at_right) if b - a > 1 else 0
+            k_range = AttnRange(max(k0, a + lo), min(k1, b + hi))
+            slices.append(AttnSlice(AttnRange(a, b), k_range, AttnMaskType.from_int_type(code)))
+    return slices
+
+
+def parse_mask_types(mask_types: object, count: int) -> IntArray:
+    """Codes of ``count`` slices from one mask type for all, or a sequence of one each.
+
+    Raises:
+        ValueError: If a type is unknown or the sequence has another length.
+    """
+    if isinstance(mask_types, Sequence) and not isinstance(mask_types, str):
+        if len(mask_types) != count:
+            raise ValueError(
+                f"attn_mask_type has {len(mask_types)} entries but there are {count} slices: "
+                "give one for all, or one each"
+            )
+        return np.array([AttnMaskType.parse(t).to_int_type() for t in mask_types], np.int64)
+    return np.full(count, AttnMaskType.parse(mask_types).to_int_type(), np.int64)  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""Give chunks to ranks so that areas are equal and few rows move.
+
+Where every query sees itself, the rows that all ranks receive are the sum over ranks of the keys a rank needs, less the
+sequence: it does not matter who owns a row, only how many ranks need it. So a rank should take chunks that need the same
+keys. In a causal document the chunk at position t needs all keys before t; once a rank has it, every earlier chunk of
+the document is free for it. That suggests peeling: let one rank take the heaviest chunk that is left and its neighbours, as
+many as its share of the area allows, then fill its places with the stretch of light chunks that costs least and makes the
+area come out; then the next rank. Zigzag is what this gives for one causal document, the contiguous cut for a sliding window.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from magi_attention.mask.bands import IntArray
+from magi_attention.planning.chunking import ChunkWork
+from magi_attention.planning.load_balance import min_heap, rank_areas
+from magi_attention.planning.runs import GroupedRuns
+
+
+def locality(work: ChunkWork, cp_size: int, tolerance: float) -> IntArray:
+    """Few rows moved, with the most loaded rank at most ``1 + tolerance`` above the mean where the chunks allow it.
+
+    Never worse than :func:`~magi_attention.planning.load_balance.min_heap`: where the heap's own balance lies above the
+    tolerance it is the limit instead, and where peeling can't keep the limit or moves more rows, the heap's
+    assignment is the answer.
+    """
+    heap = min_heap(work, cp_size)
+    limit = max((1 + tolerance) * int(work.areas.sum()) / cp_size, int(rank_areas(work, heap, cp_size).max()))
+    for slack in (tolerance / 2, tolerance / 8):  # tighter shares move more rows, but leave a fairer rest to the last rank
+        owner = _even_out(work, _peel(work, cp_size, slack), cp_size, limit)
+        if int(rank_areas(work, owner, cp_size).max()) <= limit:
+            return owner if work.rows_moved(owner) <= work.rows_moved(heap) else heap
+    return heap
+
+
+def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:
+    """One rank after another takes a share of what is left; the last one takes the rest, however large it is."""
+    links = _Links.measure(work)
+    owner = np.full(work.num_chunks, cp_size - 1)
+    by_area = np.argsort(work.areas, kind="stable")
+    free = np.ones(work.num_chunks, np.bool_)
+    area_left = int(work.areas.sum())
+    slots = work.num_chunks // cp_size
+    for rank in range(cp_size - 1):
+        target = area_left / (cp_size - rank)
+        by_area = by_area[free[by_area]]
+        taken = _one_share(work, links, free, by_area, _Share(slots, target, slack * target))
+        owner[taken] = rank
+        free[taken] = False
+        area_left -= int(work.areas[taken].sum())
+    return owner
+
+
+def _even_out(work: ChunkWork, owner: IntArray, cp_size: int, limit: float) -> IntArray:
+    """Swap chunks of the most loaded rank for lighter ones of others, the cheapest swap that will do, until all keep the limit."""
+    owner = owner.copy()
+    for _ in range(work.num_chunks):
+        loads = rank_areas(work, owner, cp_size)
+        worst = int(np.argmax(loads))
+        if loads[worst] <= limit:
+            break
+        mine = np.flatnonzero(owner == worst)
+        relief = work.areas[mine][:, None] - work.areas
+        peak = np.maximum(loads[worst] - relief, loads[owner] + relief)
+        if peak.min() >= loads[worst]:
+            break
+        needs = work.needs_of(owner)
+        x, y = np.nonzero(peak <= limit)
+        if len(x):
+            given = _rows_beyond(work, needs, mine, np.arange(cp_size))
+            got = _rows_beyond(work, needs, np.arange(work.num_chunks), np.array([worst]))[:, 0]
+            best = int(np.argmin(given[x, owner[y]] + got[y]))
+        else:
+            x, y = np.nonzero(peak == peak.min())
+            best = 0
+        owner[mine[x[best]]], owner[y[best]] = owner[y[best]], worst
+    return owner
+
+
+def _rows_beyond(work: ChunkWork, needs: GroupedRuns, chunks: IntArray, ranks: IntArray) -> IntArray:
+    """Keys that a chunk needs and a rank does not, ``(len(chunks), len(ranks))``."""
+    index = np.full(work.num_chunks, -1)
+    index[chunks] = np.arange(len(chunks))
+    at = index[work.needs.group]
+    runs, at = work.needs.runs[at >= 0], at[at >= 0]
+    shape = (len(runs), len(ranks))
+    starts, ends = (np.broadcast_to(x[:, None], shape) for x in runs.T)
+    extra = ends - starts - needs.covered(np.broadcast_to(ranks, shape), starts, ends)
+    out = np.zeros((len(chunks), len(ranks)), np.int64)
+    np.add.at(out, at, extra)
+    return out
+
+
+@dataclass(frozen=True)
+class _Share:
+    slots: int
+    target: float
+    slack: float
+
+
+@dataclass(frozen=True)
+class _Links:
+    """What a chunk costs beside its neighbour: keys that it needs and the chunk before (behind) it does not."""
+
+    after_previous: IntArray
+    before_next: IntArray
+
+    @classmethod
+    def measure(cls, work: ChunkWork) -> "_Links":
+        group, runs = work.needs.group, work.needs.runs
+        shared = work.sum_by_chunk(work.needs.covered(group - 1, runs[:, 0], runs[:, 1]))  # with the chunk before
+        after_previous = work.need_rows - shared
+        before_next = work.need_rows.copy()
+        before_next[:-1] -= shared[1:]
+        return cls(after_previous, before_next)
+
+
+def _one_share(work: ChunkWork, links: _Links, free: np.ndarray, by_area: IntArray, share: _Share) -> IntArray:
+    seed = int(by_area[-1])
+    core = _grow_core(work, links, free, seed, by_area, share)
+    if len(core) == share.slots and abs(work.areas[core].sum() - share.target) <= share.slack:
+        return np.array(core)
+    return _fill(work, links, free, np.array(core), share)
+
+
+def _grow_core(
+    work: ChunkWork, links: _Links, free: np.ndarray, seed: int, by_area: IntArray, share: _Share
+) -> list[int]:
+    """The seed and free neighbours, cheapest first, while the lightest chunks could still fill the rest of the places."""
+    areas = work.areas
+    lightest = np.concatenate(([0], np.cumsum(areas[by_area[: share.slots]]))).tolist()
+    core, load = [seed], int(areas[seed])
+    left, right = seed - 1, seed + 1
+    limit = share.target + share.slack
+    while len(core) < share.slots:
+        cost_left = links.before_next[left] if left >= 0 and free[left] else None
+        cost_right = links.after_previous[right] if right < work.num_chunks and free[right] else None
+        if cost_left is None and cost_right is None:
+            break
+        go_left = cost_right is None or (cost_left is not None and cost_left <= cost_right)
+        chunk = left if go_left else right
+        if load + areas[chunk] + lightest[share.slots - len(core) - 1] > limit:
+            break
+        core.append(chunk)
+        load += int(areas[chunk])
+        left, right = (left - 1, right) if go_left else (left, right + 1)
+    return core
+
+
+def _fill(work: ChunkWork, links: _Links, free: np.ndarray, core: IntArray, share: _Share) -> IntArray:
+    """The best way to use a first part of ``core`` and fill the other places with one stretch of the free chunks."""
+    in_core = np.zeros(work.num_chunks, np.bool_)
+    in_core[core] = True
+    rest = np.flatnonzero(free & ~in_core)
+    alone, beside = _stretch_costs(work, links, in_core, rest)
+    area_before = np.concatenate(([0], np.cumsum(work.areas[rest])))
+    cost_before = np.concatenate(([0], np.cumsum(beside)))
+    entry = np.append(alone - beside, 0)  # what the first chunk of a stretch costs more than beside its predecessor
+    price = work.need_rows[core[0]] / len(core)  # of a chunk left out of the core: others will need its keys again
+    core_area = np.cumsum(work.areas[core])
+    best: tuple[bool, float, int, int] | None = None
+    for size in _core_sizes(len(core)):
+        length = share.slots - size
+        starts = len(rest) - length + 1
+        if starts < 1:
+            continue
+        off = np.abs(area_before[length:] - area_before[:starts] - (share.target - core_area[size - 1]))
+        fits = off <= share.slack
+        if fits.any():
+            cost = cost_before[length:] - cost_before[:starts] + entry[:starts] - size * price
+            at = int(np.argmin(np.where(fits, cost, np.inf)))
+            option = (False, float(cost[at]), size, at)
+        else:
+            at = int(np.argmin(off))
+            option = (True, float(off[at]), size, at)
+        best = option if best is None else min(best, option)
+    assert best is not None
+    _, _, size, at = best
+    return np.concatenate((core[:size], rest[at : at + share.slots - size]))
+
+
+def _core_sizes(largest: int) -> list[int]:
+    """How much of the core to try: all, a little less, then fractions."""
+    return sorted({n for n in (largest, largest - 1, largest - 2, largest * 3 // 4, largest // 2, largest // 4, 1) if n > 0})
+
+
+def _stretch_costs(
+    work: ChunkWork, links: _Links, in_core: np.ndarray, rest: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Keys that each chunk of ``rest`` needs beyond the core's: alone, and behind its predecessor in ``rest``."""
+    needs = work.needs
+    core_runs = needs.runs[in_core[needs.group]]
+    line = np.zeros(len(core_runs), np.int64)
+    core_needs = GroupedRuns.merge(line, core_runs[:, 0], core_runs[:, 1], needs.stride)
+    shared = core_needs.covered(np.zeros(len(needs.runs), np.int64), needs.runs[:, 0], needs.runs[:, 1])
+    alone = (work.need_rows - work.sum_by_chunk(shared))[rest]
+    follows = np.zeros(len(rest), np.bool_)
+    follows[1:] = rest[1:] == rest[:-1] + 1
+    return alone, np.where(follows, np.minimum(links.after_previous[rest], alone), alone)

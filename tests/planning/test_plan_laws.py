@@ -1,0 +1,195 @@
+"""The laws that hold for every plan, checked for all ranks at once, in one process."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.config import (
+    DispatchConfig,
+    DistAttnConfig,
+    LocalityDispatchAlg,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+)
+from magi_attention.mask import AttnMask
+from magi_attention.planning import AttnPlan, RankPlan, plan_attention
+from magi_attention.planning.load_balance import imbalance, min_heap
+from magi_attention.testing.mask_zoo import named_masks
+from magi_attention.testing.strategies import masks
+
+ALGS = [LocalityDispatchAlg(), LocalityDispatchAlg(tolerance=0.0), MinHeapDispatchAlg()]
+
+configs = st.builds(
+    lambda alg, degree, min_chunk_size: DistAttnConfig(
+        DispatchConfig(alg), OverlapConfig(degree=degree, min_chunk_size=min_chunk_size)
+    ),
+    st.sampled_from(ALGS),
+    st.integers(0, 4),
+    st.integers(1, 16),
+)
+
+
+def rows_of(runs: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.arange(a, b) for a, b in runs.tolist()] or [np.empty(0, int)])
+
+
+def cells_of(bands: np.ndarray, rows: np.ndarray, keys: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """How often a rank computes each global cell, from bands over buffers that hold the global ``rows`` and ``keys``."""
+    count = np.zeros(shape, np.int64)
+    for q0, q1, k0, k1, lo, hi in bands.tolist():
+        assert 0 <= q0 < q1 <= len(rows)
+        assert 0 <= k0 < k1 <= len(keys)
+        i, j = np.arange(q0, q1)[:, None], np.arange(k0, k1)
+        inside = (j - i >= lo) & (j - i <= hi)
+        count[np.ix_(rows[q0:q1], keys[k0:k1])] += inside
+    return count
+
+
+def check_every_cell_is_computed_once(mask: AttnMask, plan: AttnPlan, ranks: list[RankPlan]) -> None:
+    padded = plan.dispatch.padded_seqlen
+    total = np.zeros((padded, padded), np.int64)
+    for rank in ranks:
+        own = rows_of(plan.dispatch.runs(rank.rank))
+        mine = cells_of(rank.local_bands, own, own, total.shape)
+        for stage in rank.stages:
+            mine += cells_of(stage.bands, own, rows_of(stage.runs), total.shape)
+        assert rank.area == mine.sum()
+        total += mine
+    expected = np.zeros_like(total)
+    expected[: mask.total_seqlen_q, : mask.total_seqlen_k] = mask.to_dense()
+    np.testing.assert_array_equal(total, expected)
+
+
+def check_rows_travel_only_where_attended(mask: AttnMask, plan: AttnPlan, ranks: list[RankPlan]) -> None:
+    """A row is received iff the rank attends it and does not own it, in one stage, and it is that row that arrives."""
+    padded, local = plan.dispatch.padded_seqlen, plan.dispatch.local_seqlen
+    attended = np.zeros((padded, padded), bool)
+    attended[: mask.total_seqlen_q, : mask.total_seqlen_k] = mask.to_dense()
+    own = [rows_of(plan.dispatch.runs(r.rank)) for r in ranks]
+    for rank in ranks:
+        wanted = np.setdiff1d(np.flatnonzero(attended[own[rank.rank]].any(axis=0)), own[rank.rank])
+        received = [rows_of(stage.runs) for stage in rank.stages]
+        np.testing.assert_array_equal(np.sort(np.concatenate([*received, np.empty(0, int)])), wanted)
+        assert rank.num_recv_rows == len(wanted) == plan.routes.rows_received(plan.cp_size)[rank.rank]
+        assert rank.num_send_rows == plan.routes.rows_sent(plan.cp_size)[rank.rank]
+        for number, stage in enumerate(rank.stages):
+            wire = []
+            for sender in ranks:
+                collective = sender.stages[number].collective
+                assert collective.send_counts[rank.rank] == stage.collective.recv_counts[sender.rank]
+                assert ((collective.send_rows >= 0) & (collective.send_rows < local)).all()
+                first = sum(collective.send_counts[: rank.rank])
+                sent = collective.send_rows[first : first + collective.send_counts[rank.rank]]
+                wire.append(own[sender.rank][sent])
+            arrived = np.concatenate(wire)
+            order = stage.collective.recv_order
+            buffer = arrived if order is None else arrived[order]
+            np.testing.assert_array_equal(buffer, received[number])
+            if order is not None:
+                np.testing.assert_array_equal(buffer[stage.collective.wire_order], arrived)
+
+
+def check_dispatch_is_a_permutation(plan: AttnPlan) -> None:
+    dispatch = plan.dispatch
+    local = [rows_of(dispatch.runs(r)) for r in range(plan.cp_size)]
+    assert {len(rows) for rows in local} == {dispatch.local_seqlen}
+    np.testing.assert_array_equal(np.sort(np.concatenate(local)), np.arange(dispatch.padded_seqlen))
+    gathered = np.concatenate(local).reshape(-1, dispatch.chunk_size)
+    np.testing.assert_array_equal(gathered[dispatch.chunk_position].ravel(), np.arange(dispatch.padded_seqlen))
+    for rank, rows in enumerate(local):
+        np.testing.assert_array_equal(dispatch.local_start(rows), np.arange(len(rows)))
+        np.testing.assert_array_equal(dispatch.position_ids(rank), np.minimum(rows, dispatch.total_seqlen - 1))
+        assert dispatch.num_real_rows(rank) == (rows < dispatch.total_seqlen).sum()
+
+
+def check_stages(plan: AttnPlan, ranks: list[RankPlan]) -> None:
+    overlap = plan.config.overlap_config
+    assert all(len(r.stages) == plan.routes.num_stages for r in ranks)
+    assert plan.routes.num_stages <= max(overlap.degree, 1)
+    for rank in ranks:
+        sizes = [stage.collective.num_recv_rows for stage in rank.stages]
+        filled = [size for size in sizes if size]
+        assert sizes[: len(filled)] == filled, "stages are filled from the first"
+        if len(filled) > 1:
+            assert min(filled[:-1]) >= overlap.min_chunk_size
+            assert max(filled) - min(filled) <= len(filled), "stages are of equal size"
+
+
+def check_laws(mask: AttnMask, cp_size: int, chunk_size: int, config: DistAttnConfig, extra_pad: int = 0) -> AttnPlan:
+    fitting = -mask.total_seqlen_q % (cp_size * chunk_size)
+    plan = plan_attention(mask, cp_size, chunk_size, fitting + extra_pad * cp_size * chunk_size, config)
+    ranks = [plan.rank(r) for r in range(cp_size)]
+    check_dispatch_is_a_permutation(plan)
+    check_every_cell_is_computed_once(mask, plan, ranks)
+    check_rows_travel_only_where_attended(mask, plan, ranks)
+    check_stages(plan, ranks)
+    return plan
+
+
+@settings(max_examples=150, deadline=None)
+@given(masks(max_seqlen=96, square=True), st.integers(1, 6), st.integers(1, 16), configs, st.integers(0, 1))
+def test_laws_hold_for_generated_masks(
+    mask: AttnMask, cp_size: int, chunk_size: int, config: DistAttnConfig, extra_pad: int
+) -> None:
+    check_laws(mask, cp_size, chunk_size, config, extra_pad)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", sorted(named_masks(64)))
+def test_laws_hold_for_named_masks(name: str, cp_size: int) -> None:
+    mask = named_masks(211)[name]
+    config = DistAttnConfig(overlap_config=OverlapConfig(degree=2, min_chunk_size=8))
+    plan = check_laws(mask, cp_size, 4, config)
+    work = plan.work
+    heap = min_heap(work, cp_size)
+    assert work.rows_moved(plan.dispatch.owner) <= work.rows_moved(heap)
+    limit = max(1.02, imbalance(work, heap, cp_size))
+    assert imbalance(work, plan.dispatch.owner, cp_size) <= limit + 1e-12
+
+
+def test_rows_moved_counts_the_routes() -> None:
+    for mask in named_masks(203).values():
+        plan = plan_attention(mask, 4, 4)
+        assert plan.work.rows_moved(plan.dispatch.owner) == plan.routes.rows.sum()
+
+
+def test_plans_are_deterministic_and_survive_pickling() -> None:
+    mask = named_masks(203)["varlen causal"]
+    first, second = plan_attention(mask, 3, 8), pickle.loads(pickle.dumps(plan_attention(mask, 3, 8)))
+    assert first.mask == second.mask and first.config == second.config
+    for rank in range(3):
+        a, b = first.rank(rank), pickle.loads(pickle.dumps(second.rank(rank)))
+        np.testing.assert_array_equal(a.local_bands, b.local_bands)
+        for x, y in zip(a.stages, b.stages, strict=True):
+            np.testing.assert_array_equal(x.collective.send_rows, y.collective.send_rows)
+            np.testing.assert_array_equal(x.bands, y.bands)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(cp_size=3, chunk_size=8, pad_size=5), "pad_size 5 does not fit.*use 8"),
+        (dict(cp_size=3, chunk_size=8, pad_size=-16), "pad_size -16 does not fit"),
+        (dict(cp_size=0, chunk_size=8), "cp_size must be at least 1"),
+        (dict(cp_size=2, chunk_size=0), "chunk_size must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_attention(named_masks(64)["causal"], **arguments)
+
+
+def test_rank_out_of_bounds() -> None:
+    plan = plan_attention(named_masks(64)["causal"], 2, 8)
+    with pytest.raises(ValueError, match="rank 2 is out of bounds: the plan has ranks 0 to 1"):
+        plan.rank(2)
+
+
+def test_masks_that_cannot_be_planned() -> None:
+    with pytest.raises(ValueError, match="total_seqlen_q == total_seqlen_k, not 4 and 6"):
+        plan_attention(AttnMask.from_slices([[0, 4]], [[0, 6]], "full", 4, 6), 2, 2)
+    with pytest.raises(ValueError, match="no rows"):
+        plan_attention(AttnMask.from_slices([], [], "full", 0, 0), 2, 2)
