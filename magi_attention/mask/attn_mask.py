@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from magi_attention.mask import drawing
 from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, merge_runs, row_intervals, tighten
+from magi_attention.mask.integers import as_length
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.mask.overlap import find_overlap
-from magi_attention.mask.ranges import AttnRange, AttnRanges
+from magi_attention.mask.ranges import AttnRange, AttnRanges, RangesLike
 from magi_attention.mask.slices import AttnSlice, bands_to_slices, parse_mask_types, slices_to_bands
-
-RangesLike = AttnRanges | Sequence[AttnRange | Sequence[int]] | NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +58,8 @@ class AttnMask:
             ValueError: If the numbers of ranges differ, a range is reversed or out of bounds, a type is unknown, or two
                 slices share a cell; the message names the slices.
         """
+        total_seqlen_q = as_length(total_seqlen_q, "total_seqlen_q")
+        total_seqlen_k = as_length(total_seqlen_k, "total_seqlen_k")
         q, k = AttnRanges.as_array(q_ranges, "q_ranges"), AttnRanges.as_array(k_ranges, "k_ranges")
         if len(q) != len(k):
             raise ValueError(
@@ -76,7 +77,7 @@ class AttnMask:
         pair = find_overlap(bands)
         if pair is not None:
             a, b = (
-                f"slice {n} (q [{q[n, 0]}, {q[n, 1]}) x k [{k[n, 0]}, {k[n, 1]}) {AttnMaskType.from_int_type(codes[n]).value})"
+                f"slice {n} ({AttnSlice(AttnRange(*q[n]), AttnRange(*k[n]), AttnMaskType.from_int_type(codes[n]))})"
                 for n in pair
             )
             raise ValueError(f"{a} and {b} overlap: a (query, key) cell may belong to one slice only")

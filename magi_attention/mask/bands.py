@@ -8,7 +8,7 @@ Bands are closed under all that planning does. Cropping intersects ranges and le
 rectangle adds one constant to ``lo`` and ``hi``. Row ``i`` attends the one interval
 ``[max(k0, i + lo), min(k1, i + hi + 1))``.
 
-Every function takes and returns arrays of shape ``(n, 6)`` and works on all bands at once. What they return is *tight*:
+Every function takes arrays of shape ``(n, 6)`` and works on all bands at once. Bands that they return are *tight*:
 each row and each key of a band has at least one cell, and ``lo`` and ``hi`` are the smallest strip that holds the
 cells.
 """
@@ -63,7 +63,8 @@ def _cells_up_to(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, c: IntA
 def is_full(bands: IntArray) -> NDArray[np.bool_]:
     """Whether each band is the whole of its rectangle."""
     q0, q1, k0, k1, lo, hi = bands.T
-    return (lo <= k0 - q1 + 1) & (hi >= k1 - 1 - q0)
+    full: NDArray[np.bool_] = (lo <= k0 - q1 + 1) & (hi >= k1 - 1 - q0)
+    return full
 
 
 def crop(bands: IntArray, starts: IntArray, ends: IntArray, axis: int = Q0) -> tuple[IntArray, IntArray, IntArray]:
@@ -92,7 +93,7 @@ def crop(bands: IntArray, starts: IntArray, ends: IntArray, axis: int = Q0) -> t
 
 def shift(bands: IntArray, rows: IntArray | int, keys: IntArray | int) -> IntArray:
     """Move each band by so many rows and keys."""
-    out = bands.copy()
+    out: IntArray = bands.copy()
     out[:, Q0] += rows
     out[:, Q1] += rows
     out[:, K0] += keys
@@ -135,7 +136,8 @@ def ranges_to_indices(starts: IntArray, lengths: IntArray) -> IntArray:
     """``concatenate([arange(s, s + n) for s, n in zip(starts, lengths)])`` without the loop."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+    indices: IntArray = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+    return indices
 
 
 def merge_runs(runs: IntArray) -> IntArray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, ranges_to_indices
-from magi_attention.mask.ranges import IntegersLike, as_int, as_int_array, cu_seqlens_as_array
+from magi_attention.mask.integers import IntegersLike, as_cu_seqlens, as_int, as_length, as_lengths
 
 SeqlensLike = int | IntegersLike
 
@@ -22,13 +22,13 @@ _FAR = 1 << 40  # farther than any two tokens are apart: a strip without a limit
 
 def full(seqlen_q: int, seqlen_k: int | None = None) -> AttnMask:
     """Every query attends every key; ``seqlen_k`` is ``seqlen_q`` by default."""
-    return varlen(_length(seqlen_q, "seqlen_q"), None if seqlen_k is None else _length(seqlen_k, "seqlen_k"))
+    return varlen(as_length(seqlen_q, "seqlen_q"), None if seqlen_k is None else as_length(seqlen_k, "seqlen_k"))
 
 
 def causal(seqlen_q: int, seqlen_k: int | None = None) -> AttnMask:
     """The last query attends every key, each query before it one key fewer; ``seqlen_k`` is ``seqlen_q`` by default."""
     return varlen(
-        _length(seqlen_q, "seqlen_q"), None if seqlen_k is None else _length(seqlen_k, "seqlen_k"), causal=True
+        as_length(seqlen_q, "seqlen_q"), None if seqlen_k is None else as_length(seqlen_k, "seqlen_k"), causal=True
     )
 
 
@@ -92,7 +92,7 @@ def global_sliding_window(
     diagonal = k[1:] - q[1:]
     lo, hi = _strip(diagonal, window_size)
     seen_to = diagonal if causal else diagonal + _FAR
-    split = np.minimum(k[:-1] + _length(global_size, "global_size"), k[1:])
+    split = np.minimum(k[:-1] + as_length(global_size, "global_size"), k[1:])
     first_keys = _stack(q[:-1], q[1:], k[:-1], split, diagonal - _FAR, seen_to)
     window = _stack(q[:-1], q[1:], split, k[1:], lo, np.minimum(hi, seen_to))
     return AttnMask.from_bands(np.concatenate((first_keys, window)), q[-1], k[-1])
@@ -113,8 +113,8 @@ def prefix_lm(cu_seqlens: SeqlensLike, prefix_lens: SeqlensLike) -> AttnMask:
     borders = _borders(cu_seqlens, "cu_seqlens")
     start, end = borders[:-1], borders[1:]
     if isinstance(prefix_lens, (int, np.integer)):
-        prefix_lens = [_length(prefix_lens, "prefix_lens")] * len(start)
-    prefix = _lengths(prefix_lens, "prefix_lens")
+        prefix_lens = [as_length(prefix_lens, "prefix_lens")] * len(start)
+    prefix = as_lengths(prefix_lens, "prefix_lens")
     if len(prefix) != len(start):
         raise ValueError(f"prefix_lens has {len(prefix)} entries but cu_seqlens has {len(start)} documents")
     beyond = np.flatnonzero(prefix > end - start)
@@ -143,7 +143,8 @@ def block_causal(cu_seqlens: SeqlensLike, block_size: int, window: int = -1, cau
             below -1.
     """
     borders = _borders(cu_seqlens, "cu_seqlens")
-    if _length(block_size, "block_size") == 0:
+    block_size = as_length(block_size, "block_size")
+    if block_size == 0:
         raise ValueError("block_size must be at least 1, got 0")
     reach = min(_limit(window, "window") * block_size, _FAR)
     count = -(-np.diff(borders) // block_size)
@@ -165,7 +166,7 @@ def shared_prefix(prefix_len: int, answer_lens: IntegersLike) -> AttnMask:
         TypeError: If a length is not an integer.
         ValueError: If a length is negative.
     """
-    lengths = [_length(prefix_len, "prefix_len"), *_lengths(answer_lens, "answer_lens").tolist()]
+    lengths = [as_length(prefix_len, "prefix_len"), *as_lengths(answer_lens, "answer_lens").tolist()]
     return prefix_tree([(-1, lengths[0]), *((0, n) for n in lengths[1:])])
 
 
@@ -186,7 +187,7 @@ def prefix_tree(nodes: Sequence[tuple[int, int]]) -> AttnMask:
     for n, (parent, length) in enumerate(nodes):
         if not -1 <= as_int(parent, f"nodes[{n}][0]") < n:
             raise ValueError(f"nodes[{n}] has parent {parent}: it must be an earlier node, or -1 for none")
-        start, offset = offset, offset + _length(length, f"nodes[{n}][1]")
+        start, offset = offset, offset + as_length(length, f"nodes[{n}][1]")
         parents.append(parent)
         keys.append((start, offset))
         seen_by.append([])
@@ -210,7 +211,7 @@ def cu_seqlens_from_lengths(lengths: IntegersLike) -> IntArray:
         TypeError: If a length is not an integer.
         ValueError: If a length is negative.
     """
-    return np.concatenate(([0], np.cumsum(_lengths(lengths, "lengths"))))
+    return np.concatenate(([0], np.cumsum(as_lengths(lengths, "lengths"))))
 
 
 def _stack(*columns: IntArray | int) -> IntArray:
@@ -231,27 +232,10 @@ def _limit(size: int, name: str) -> int:
     return _FAR if size == -1 else int(size)
 
 
-def _length(value: int, name: str) -> int:
-    length = as_int(value, name)
-    if length < 0:
-        raise ValueError(f"{name} must not be negative, got {length}")
-    return length
-
-
-def _lengths(values: IntegersLike, name: str) -> IntArray:
-    lengths = as_int_array(values, name)
-    if lengths.ndim != 1:
-        raise ValueError(f"{name} must be one row of lengths, got shape {lengths.shape}")
-    negative = np.flatnonzero(lengths < 0)
-    if len(negative):
-        raise ValueError(f"{name}[{negative[0]}] must not be negative, got {lengths[negative[0]]}")
-    return lengths
-
-
 def _borders(cu_seqlens: SeqlensLike, name: str) -> IntArray:
     if isinstance(cu_seqlens, (int, np.integer)):
-        return np.array([0, _length(cu_seqlens, name)], np.int64)
-    return cu_seqlens_as_array(cu_seqlens, name)
+        return np.array([0, as_length(cu_seqlens, name)], np.int64)
+    return as_cu_seqlens(cu_seqlens, name)
 
 
 def _documents(cu_seqlens_q: SeqlensLike, cu_seqlens_k: SeqlensLike | None) -> tuple[IntArray, IntArray]:

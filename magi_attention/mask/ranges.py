@@ -1,6 +1,5 @@
 """Half-open ranges of token positions, one (:class:`AttnRange`) or a list of them (:class:`AttnRanges`)."""
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask.bands import IntArray, merge_runs, run_offsets
+from magi_attention.mask.integers import IntegersLike, as_cu_seqlens, as_int, as_int_array
 
 if TYPE_CHECKING:
     import torch
 
 RangeLike = Union["AttnRange", Sequence[int], NDArray[Any]]
 RangesLike = Union["AttnRanges", Sequence[RangeLike], NDArray[Any], "torch.Tensor"]
-IntegersLike = Union[Sequence[int], NDArray[Any], "torch.Tensor"]
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -151,7 +150,7 @@ class AttnRanges:
         Raises:
             ValueError: If ``cu_seqlens`` does not begin at 0, decreases, or does not end at ``seqlen``.
         """
-        borders = cu_seqlens_as_array(cu_seqlens, "cu_seqlens")
+        borders = as_cu_seqlens(cu_seqlens, "cu_seqlens")
         if seqlen is not None and borders[-1] != seqlen:
             raise ValueError(f"cu_seqlens ends at {borders[-1]}, not at seqlen {seqlen}")
         return cls._from_array(np.stack((borders[:-1], borders[1:]), axis=1))
@@ -369,54 +368,6 @@ class AttnRanges:
 
     def __repr__(self) -> str:
         return f"AttnRanges({self})"
-
-
-def as_int_array(values: Any, name: str) -> IntArray:
-    """Integers in a nested sequence, array or tensor as an int64 array; it may share memory with ``values``.
-
-    Raises:
-        TypeError: If they are not integers.
-        ValueError: If nested sequences differ in length.
-    """
-    if hasattr(values, "cpu"):  # a tensor, perhaps of another device
-        values = values.cpu()
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise ValueError(f"{name} must be rectangular, but its rows differ in length") from None
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} must hold integers, got {array.dtype}")
-    return array.astype(np.int64, copy=False)
-
-
-def cu_seqlens_as_array(cu_seqlens: IntegersLike, name: str) -> IntArray:
-    """Cumulative document lengths as an int64 array, checked.
-
-    Raises:
-        TypeError: If they are not integers.
-        ValueError: If they are not one row that begins at 0 and never decreases.
-    """
-    array = as_int_array(cu_seqlens, name)
-    if array.ndim != 1 or not len(array):
-        raise ValueError(f"{name} must have shape (documents + 1,), got shape {array.shape}")
-    if array[0] != 0:
-        raise ValueError(f"{name} must begin at 0, got {name}[0] = {array[0]}")
-    falls = np.flatnonzero(array[1:] < array[:-1])
-    if len(falls):
-        n = int(falls[0])
-        raise ValueError(f"{name} must not decrease, got {name}[{n}] = {array[n]}, {name}[{n + 1}] = {array[n + 1]}")
-    return array
-
-
-def as_int(value: Any, name: str) -> int:
-    """A Python int from any integer but a bool.
-
-    Raises:
-        TypeError: If ``value`` is not an integer.
-    """
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    return operator.index(value)
 
 
 def _covers(runs: IntArray, points: IntArray) -> NDArray[np.bool_]:

@@ -1,0 +1,5 @@
+"""``AttnRange`` under its 1.0.x import path."""
+
+from magi_attention.mask.ranges import AttnRange
+
+__all__ = ["AttnRange"]

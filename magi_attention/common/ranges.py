@@ -1,0 +1,5 @@
+"""``AttnRanges`` under its 1.0.x import path."""
+
+from magi_attention.mask.ranges import AttnRanges
+
+__all__ = ["AttnRanges"]

@@ -1,0 +1,92 @@
+"""Integers as callers give them, in Python, numpy or a tensor: checked, and turned into ``int`` or int64 arrays."""
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.mask.bands import IntArray
+
+if TYPE_CHECKING:
+    import torch
+
+IntegersLike = Union[Sequence[int], NDArray[Any], "torch.Tensor"]
+
+
+def as_int(value: Any, name: str) -> int:
+    """A Python int from any integer but a bool.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+    """
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return operator.index(value)
+
+
+def as_length(value: Any, name: str) -> int:
+    """A Python int that is not negative.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+        ValueError: If it is negative.
+    """
+    length = as_int(value, name)
+    if length < 0:
+        raise ValueError(f"{name} must not be negative, got {length}")
+    return length
+
+
+def as_int_array(values: Any, name: str) -> IntArray:
+    """Integers in a nested sequence, array or tensor as an int64 array; it may share memory with ``values``.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If nested sequences differ in length.
+    """
+    if hasattr(values, "cpu"):  # a tensor, perhaps of another device
+        values = values.cpu()
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name} must be rectangular, but its rows differ in length") from None
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    return array.astype(np.int64, copy=False)
+
+
+def as_lengths(values: IntegersLike, name: str) -> IntArray:
+    """One row of lengths as an int64 array.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If they are not one row, or one is negative.
+    """
+    lengths = as_int_array(values, name)
+    if lengths.ndim != 1:
+        raise ValueError(f"{name} must be one row of lengths, got shape {lengths.shape}")
+    negative = np.flatnonzero(lengths < 0)
+    if len(negative):
+        raise ValueError(f"{name}[{negative[0]}] must not be negative, got {lengths[negative[0]]}")
+    return lengths
+
+
+def as_cu_seqlens(cu_seqlens: IntegersLike, name: str) -> IntArray:
+    """Cumulative document lengths as an int64 array, checked.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If they are not one row that begins at 0 and never decreases.
+    """
+    array = as_int_array(cu_seqlens, name)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name} must have shape (documents + 1,), got shape {array.shape}")
+    if array[0] != 0:
+        raise ValueError(f"{name} must begin at 0, got {name}[0] = {array[0]}")
+    falls = np.flatnonzero(array[1:] < array[:-1])
+    if len(falls):
+        n = int(falls[0])
+        raise ValueError(f"{name} must not decrease, got {name}[{n}] = {array[n]}, {name}[{n + 1}] = {array[n + 1]}")
+    return array

@@ -1,0 +1,1 @@
+"""What tests need: the dense oracle, the mask zoo, and hypothesis strategies that generate masks."""
