@@ -140,7 +140,8 @@ def plan_attention(
     config = DistAttnConfig() if config is None else config
     if mask.total_seqlen_q != mask.total_seqlen_k:
         raise ValueError(
-            f"self-attention needs total_seqlen_q == total_seqlen_k, not {mask.total_seqlen_q} and {mask.total_seqlen_k}"
+            "self-attention needs total_seqlen_q == total_seqlen_k, "
+            f"not {mask.total_seqlen_q} and {mask.total_seqlen_k}"
         )
     total = mask.total_seqlen_q
     if total == 0:
@@ -149,8 +150,8 @@ def plan_attention(
     pad_size = fitting if pad_size is None else pad_size
     if pad_size < fitting or (pad_size - fitting) % (cp_size * chunk_size):
         raise ValueError(
-            f"pad_size {pad_size} does not fit: total_seqlen {total} + pad_size must be a multiple of cp_size * chunk_size "
-            f"= {cp_size} * {chunk_size}; use {fitting}, as compute_pad_size gives"
+            f"pad_size {pad_size} does not fit: total_seqlen {total} + pad_size must be a multiple of "
+            f"cp_size * chunk_size = {cp_size} * {chunk_size}; use {fitting}, as compute_pad_size gives"
         )
     num_chunks = (total + pad_size) // chunk_size
     work = ChunkWork.measure(mask, chunk_size, num_chunks)

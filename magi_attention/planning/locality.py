@@ -1,11 +1,13 @@
 """Give chunks to ranks so that areas are equal and few rows move.
 
 Where every query sees itself, the rows that all ranks receive are the sum over ranks of the keys a rank needs, less the
-sequence: it does not matter who owns a row, only how many ranks need it. So a rank should take chunks that need the same
+sequence: it does not matter who owns a row, only how many ranks need it. So a rank should take chunks that need the
+    same
 keys. In a causal document the chunk at position t needs all keys before t; once a rank has it, every earlier chunk of
-the document is free for it. That suggests peeling: let one rank take the heaviest chunk that is left and its neighbours, as
-many as its share of the area allows, then fill its places with the stretch of light chunks that costs least and makes the
-area come out; then the next rank. Zigzag is what this gives for one causal document, the contiguous cut for a sliding window.
+the document is free for it. That suggests peeling: let one rank take the heaviest chunk that is left and its
+neighbours, as many as its share of the area allows, then fill its places with the stretch of light chunks that costs
+least and makes the area come out; then the next rank. Zigzag is what this gives for one causal document, the
+contiguous cut for a sliding window.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,10 @@ def locality(work: ChunkWork, cp_size: int, tolerance: float) -> IntArray:
     """
     heap = min_heap(work, cp_size)
     limit = max((1 + tolerance) * int(work.areas.sum()) / cp_size, int(rank_areas(work, heap, cp_size).max()))
-    for slack in (tolerance / 2, tolerance / 8):  # tighter shares move more rows, but leave a fairer rest to the last rank
+    for slack in (
+        tolerance / 2,
+        tolerance / 8,
+    ):  # tighter shares move more rows, but leave a fairer rest to the last rank
         owner = _even_out(work, _peel(work, cp_size, slack), cp_size, limit)
         if int(rank_areas(work, owner, cp_size).max()) <= limit:
             return owner if work.rows_moved(owner) <= work.rows_moved(heap) else heap
@@ -53,7 +58,9 @@ def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:
 
 
 def _even_out(work: ChunkWork, owner: IntArray, cp_size: int, limit: float) -> IntArray:
-    """Swap chunks of the most loaded rank for lighter ones of others, the cheapest swap that will do, until all keep the limit."""
+    """Swap chunks of the most loaded rank for lighter ones of others, the cheapest swap that will do, until all keep
+    the limit.
+    """
     owner = owner.copy()
     for _ in range(work.num_chunks):
         loads = rank_areas(work, owner, cp_size)
@@ -127,7 +134,9 @@ def _one_share(work: ChunkWork, links: _Links, free: np.ndarray, by_area: IntArr
 def _grow_core(
     work: ChunkWork, links: _Links, free: np.ndarray, seed: int, by_area: IntArray, share: _Share
 ) -> list[int]:
-    """The seed and free neighbours, cheapest first, while the lightest chunks could still fill the rest of the places."""
+    """The seed and free neighbours, cheapest first, while the lightest chunks could still fill the rest of the
+    places.
+    """
     areas = work.areas
     lightest = np.concatenate(([0], np.cumsum(areas[by_area[: share.slots]]))).tolist()
     core, load = [seed], int(areas[seed])
@@ -182,12 +191,12 @@ def _fill(work: ChunkWork, links: _Links, free: np.ndarray, core: IntArray, shar
 
 def _core_sizes(largest: int) -> list[int]:
     """How much of the core to try: all, a little less, then fractions."""
-    return sorted({n for n in (largest, largest - 1, largest - 2, largest * 3 // 4, largest // 2, largest // 4, 1) if n > 0})
+    return sorted(
+        {n for n in (largest, largest - 1, largest - 2, largest * 3 // 4, largest // 2, largest // 4, 1) if n > 0}
+    )
 
 
-def _stretch_costs(
-    work: ChunkWork, links: _Links, in_core: np.ndarray, rest: IntArray
-) -> tuple[IntArray, IntArray]:
+def _stretch_costs(work: ChunkWork, links: _Links, in_core: np.ndarray, rest: IntArray) -> tuple[IntArray, IntArray]:
     """Keys that each chunk of ``rest`` needs beyond the core's: alone, and behind its predecessor in ``rest``."""
     needs = work.needs
     core_runs = needs.runs[in_core[needs.group]]

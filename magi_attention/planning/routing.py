@@ -64,9 +64,7 @@ class Routes:
         return np.bincount(self.owner, weights=self.rows, minlength=cp_size).astype(np.int64)
 
 
-def _stage_borders(
-    receiver: IntArray, rows: IntArray, cp_size: int, overlap: OverlapConfig
-) -> tuple[IntArray, int]:
+def _stage_borders(receiver: IntArray, rows: IntArray, cp_size: int, overlap: OverlapConfig) -> tuple[IntArray, int]:
     """Where stages begin in the line of all received rows, receiver by receiver, and the number of stages.
 
     Each rank's rows are split evenly into as many stages as ``min_chunk_size`` allows; it has no rows in later ones.

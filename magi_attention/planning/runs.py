@@ -76,4 +76,9 @@ def cut_at(starts: IntArray, ends: IntArray, borders: IntArray) -> tuple[IntArra
     count = np.searchsorted(borders, ends, side="left") - first
     source = np.repeat(np.arange(len(starts)), count)
     interval = ranges_to_indices(first, count)
-    return source, np.maximum(starts[source], borders[interval]), np.minimum(ends[source], borders[interval + 1]), interval
+    return (
+        source,
+        np.maximum(starts[source], borders[interval]),
+        np.minimum(ends[source], borders[interval + 1]),
+        interval,
+    )

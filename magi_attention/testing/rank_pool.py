@@ -1,6 +1,7 @@
 """RankPool: processes that stay up and run functions over gloo groups, so that distributed tests cost no start-up."""
 
 import datetime
+import itertools
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,23 +17,18 @@ import torch.multiprocessing as mp
 class RankPool:
     """``max_size`` processes in one gloo world, with a group of the first n ranks for every n.
 
-    ``pool.run(function, size, *args)`` calls ``function(rank, group, *args)`` on the first ``size`` ranks and returns their
-    results in order. The function must be importable, arguments and results picklable.
+    ``pool.run(function, size, *args)`` calls ``function(rank, group, *args)`` on the first ``size`` ranks and returns
+    their results in order. The function must be importable, arguments and results picklable. The processes start at
+    the first run, and anew after a run in which a rank raised, since that may have left others in a collective.
     """
 
-    def __init__(self, max_size: int, timeout_seconds: float = 60.0) -> None:
-        context = mp.get_context("spawn")
-        self._directory = tempfile.TemporaryDirectory(prefix="rank_pool_")
+    def __init__(self, max_size: int, timeout_seconds: float = 20.0) -> None:
+        self.max_size = max_size
+        self.timeout_seconds = timeout_seconds
         self._connections: list[Connection] = []
-        self._processes = []
-        for rank in range(max_size):
-            here, there = context.Pipe()
-            args = (rank, max_size, f"{self._directory.name}/store", timeout_seconds, there)
-            process = context.Process(target=_serve, args=args, daemon=True)
-            process.start()
-            there.close()
-            self._connections.append(here)
-            self._processes.append(process)
+        self._processes: list[Any] = []
+        self._generation = itertools.count()
+        self._directory = tempfile.TemporaryDirectory(prefix="rank_pool_")
 
     def __enter__(self) -> "RankPool":
         return self
@@ -40,30 +36,45 @@ class RankPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._stop()
+        self._directory.cleanup()
 
     def run(self, function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         """Call ``function(rank, group, *args)`` on the first ``size`` ranks.
 
         Raises:
-            RuntimeError: If a rank raised; the message holds every rank's traceback.
+            RuntimeError: If a rank raised; the message holds every such rank's traceback.
         """
+        if not self._processes:
+            self._start()
         for connection in self._connections[:size]:
             connection.send((function, size, args))
         replies = [connection.recv() for connection in self._connections[:size]]
         failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(replies) if text is not None]
         if failures:
+            self._stop()
             raise RuntimeError("\n".join(failures))
         return [result for _, result in replies]
 
-    def close(self) -> None:
-        """End the processes."""
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        store = f"{self._directory.name}/store{next(self._generation)}"
+        for rank in range(self.max_size):
+            here, there = context.Pipe()
+            args = (rank, self.max_size, store, self.timeout_seconds, there)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            there.close()
+            self._connections.append(here)
+            self._processes.append(process)
+
+    def _stop(self) -> None:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
             process.join(timeout=10)
             process.kill()
-        self._directory.cleanup()
+        self._connections, self._processes = [], []
 
 
 def _serve(rank: int, world_size: int, store: str, timeout_seconds: float, connection: Connection) -> None:
@@ -77,7 +88,7 @@ def _serve(rank: int, world_size: int, store: str, timeout_seconds: float, conne
         except EOFError:
             return
         try:
-            reply = (None, function(rank, groups[size], *args))
+            reply: tuple[str | None, Any] = (None, function(rank, groups[size], *args))
         except Exception:
             reply = (traceback.format_exc(), None)
         connection.send(reply)

@@ -1,0 +1,76 @@
+"""The public interface under one name."""
+
+from magi_attention.api.functools import (
+    apply_padding,
+    compute_pad_size,
+    from_mask,
+    full_attention_to_varlen_attention,
+    infer_attn_mask_from_cu_seqlens,
+    infer_attn_mask_from_sliding_window,
+    infer_varlen_mask_from_batch,
+    init_hierarchical_mesh,
+    pad_at_dim,
+    squash_batch_dim,
+    unpad_at_dim,
+)
+from magi_attention.api.magi_attn_interface import (
+    calc_attn,
+    dispatch,
+    get_most_recent_key,
+    get_position_ids,
+    magi_attn_flex_dispatch,
+    magi_attn_flex_key,
+    magi_attn_varlen_dispatch,
+    magi_attn_varlen_key,
+    set_plan_cache_capacity,
+    undispatch,
+)
+from magi_attention.config import (
+    AttnOverlapMode,
+    DispatchConfig,
+    DistAttnConfig,
+    LocalityDispatchAlg,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+    UniformOverlapAlg,
+)
+from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges
+from magi_attention.planning import plan_attention
+from magi_attention.runtime.key import DistAttnRuntimeKey
+
+__all__ = [
+    "AttnMask",
+    "AttnMaskType",
+    "AttnOverlapMode",
+    "AttnRange",
+    "AttnRanges",
+    "DispatchConfig",
+    "DistAttnConfig",
+    "DistAttnRuntimeKey",
+    "LocalityDispatchAlg",
+    "MinHeapDispatchAlg",
+    "OverlapConfig",
+    "UniformOverlapAlg",
+    "apply_padding",
+    "calc_attn",
+    "compute_pad_size",
+    "dispatch",
+    "from_mask",
+    "full_attention_to_varlen_attention",
+    "get_most_recent_key",
+    "get_position_ids",
+    "infer_attn_mask_from_cu_seqlens",
+    "infer_attn_mask_from_sliding_window",
+    "infer_varlen_mask_from_batch",
+    "init_hierarchical_mesh",
+    "magi_attn_flex_dispatch",
+    "magi_attn_flex_key",
+    "magi_attn_varlen_dispatch",
+    "magi_attn_varlen_key",
+    "pad_at_dim",
+    "plan_attention",
+    "set_plan_cache_capacity",
+    "squash_batch_dim",
+    "undispatch",
+    "unpad_at_dim",
+]

@@ -1,0 +1,395 @@
+"""The interface: make a key for a mask, dispatch, attend, undispatch."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_attention.config import DistAttnConfig
+from magi_attention.kernels.engine import choose_engine
+from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.validate import check_qkv
+from magi_attention.mask import AttnMask, AttnMaskType, AttnRanges, builders
+from magi_attention.planning import AttnPlan, RankPlan, plan_attention
+from magi_attention.runtime.agreement import start_agreement
+from magi_attention.runtime.cache import runtimes
+from magi_attention.runtime.dispatch import Dispatch, Undispatch
+from magi_attention.runtime.dist_attn import DistAttn
+from magi_attention.runtime.groups import position_device, resolve_group
+from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.runtime import DistAttnRuntime
+
+CuSeqlens = torch.Tensor | Sequence[int]
+MaskTypes = AttnMaskType | str | Sequence[AttnMaskType | str]
+
+
+def magi_attn_varlen_key(
+    cu_seqlens_q: CuSeqlens,
+    cu_seqlens_k: CuSeqlens,
+    pad_size: int,
+    chunk_size: int,
+    cp_group: dist.ProcessGroup | None = None,
+    cp_mesh: DeviceMesh | None = None,
+    causal: bool = False,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),
+    *,
+    plan: AttnPlan | RankPlan | None = None,
+) -> DistAttnRuntimeKey:
+    """Make the key of a mask of packed documents: each document attends itself only.
+
+    Every rank of the group calls it with the same arguments. The plan is made here, or found in the cache; nothing
+    but a digest of the arguments is exchanged, and its comparison is waited for when the key is first used.
+
+    Args:
+        cu_seqlens_q: Where the documents begin, and the total: ``(num_documents + 1,)`` integers from 0 up.
+        cu_seqlens_k: The same for keys; the same total as ``cu_seqlens_q``.
+        pad_size: Rows of padding at the end, from :func:`~magi_attention.api.functools.compute_pad_size`. Padding
+            attends nothing.
+        chunk_size: Rows in a chunk, the unit that is given to ranks.
+        cp_group: The context-parallel process group. Give either this or ``cp_mesh``.
+        cp_mesh: The context-parallel device mesh; all its ranks take part.
+        causal: Whether a query attends only the keys up to its own position in its document (aligned at the end
+            where the lengths differ).
+        dist_attn_config: How to balance the ranks and to split communication into stages.
+        plan: A plan made ahead with :func:`~magi_attention.planning.plan_attention` from the same arguments.
+
+    Returns:
+        The key, to pass to :func:`dispatch`, :func:`calc_attn`, :func:`undispatch` and :func:`get_position_ids`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``cu_seqlens`` are malformed or of different totals, the padding does not fit, not exactly one of
+            ``cp_group`` and ``cp_mesh`` is given, or ``plan`` was made from other arguments.
+    """
+    mask = builders.varlen(cu_seqlens_q, cu_seqlens_k, causal=causal)
+    return _make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
+
+
+def magi_attn_varlen_dispatch(
+    x: torch.Tensor,
+    cu_seqlens_q: CuSeqlens,
+    cu_seqlens_k: CuSeqlens,
+    pad_size: int,
+    chunk_size: int,
+    cp_group: dist.ProcessGroup | None = None,
+    cp_mesh: DeviceMesh | None = None,
+    causal: bool = False,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),
+    *,
+    plan: AttnPlan | RankPlan | None = None,
+) -> tuple[torch.Tensor, DistAttnRuntimeKey]:
+    """Make the key of a mask of packed documents and dispatch ``x`` with it.
+
+    Args:
+        x: The global input, the same on every rank, shape ``(total_seqlen, ...)``.
+        cu_seqlens_q: See :func:`magi_attn_varlen_key`, as for all further arguments.
+        cu_seqlens_k: Where the documents' keys begin, and their total.
+        pad_size: Rows of padding at the end.
+        chunk_size: Rows in a chunk.
+        cp_group: The context-parallel process group. Give either this or ``cp_mesh``.
+        cp_mesh: The context-parallel device mesh.
+        causal: Whether documents are causal.
+        dist_attn_config: How to balance and to split into stages.
+        plan: A plan made ahead.
+
+    Returns:
+        This rank's rows of ``x``, shape ``(local_seqlen, ...)``, and the key.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: As :func:`magi_attn_varlen_key` and :func:`dispatch`.
+    """
+    key = magi_attn_varlen_key(
+        cu_seqlens_q, cu_seqlens_k, pad_size, chunk_size, cp_group, cp_mesh, causal, dist_attn_config, plan=plan
+    )
+    return dispatch(x, key), key
+
+
+def magi_attn_flex_key(
+    q_ranges: AttnRanges,
+    k_ranges: AttnRanges,
+    attn_mask_type: MaskTypes,
+    total_seqlen_q: int,
+    total_seqlen_k: int,
+    pad_size: int,
+    chunk_size: int,
+    cp_group: dist.ProcessGroup | None = None,
+    cp_mesh: DeviceMesh | None = None,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
+    *,
+    plan: AttnPlan | RankPlan | None = None,
+) -> DistAttnRuntimeKey:
+    """Make the key of any mask made of slices.
+
+    Slice ``n`` lets the queries of ``q_ranges[n]`` attend the keys of ``k_ranges[n]`` as ``attn_mask_type[n]`` says. No
+    (query, key) cell may belong to two slices. Every rank of the group calls this with the same arguments.
+
+    Args:
+        q_ranges: Half-open ranges of queries; :class:`~magi_attention.mask.AttnRanges` or a sequence of pairs.
+        k_ranges: As many ranges of keys.
+        attn_mask_type: One mask type for all slices or one each: an :class:`~magi_attention.mask.AttnMaskType`,
+            ``"full"``, ``"causal"``, ``"inv_causal"`` or ``"bi_causal"``.
+        total_seqlen_q: Rows of the global sequence, without padding.
+        total_seqlen_k: Keys of the global sequence; equal to ``total_seqlen_q`` in self-attention.
+        pad_size: Rows of padding at the end, from :func:`~magi_attention.api.functools.compute_pad_size`.
+        chunk_size: Rows in a chunk, the unit that is given to ranks.
+        cp_group: The context-parallel process group. Give either this or ``cp_mesh``.
+        cp_mesh: The context-parallel device mesh; all its ranks take part.
+        dist_attn_config: How to balance the ranks and to split communication into stages.
+        is_same_source: Whether queries and keys come from the same tokens (self-attention); must be True.
+        is_q_permutable: Whether rows of queries may be given to any rank; must be True.
+        is_k_permutable: Whether rows of keys may be given to any rank; must be True.
+        plan: A plan made ahead with :func:`~magi_attention.planning.plan_attention` from the same arguments.
+
+    Returns:
+        The key, made of frozen copies: what is appended to the ranges later changes nothing.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If ranges are reversed, out of bounds, of different number, or two slices share a cell; if a mask
+            type is unknown, the padding does not fit, not exactly one of ``cp_group`` and ``cp_mesh`` is given, or
+            ``plan`` was made from other arguments.
+    """
+    for name, value in (
+        ("is_same_source", is_same_source),
+        ("is_q_permutable", is_q_permutable),
+        ("is_k_permutable", is_k_permutable),
+    ):
+        if value is not True:
+            raise ValueError(
+                f"{name}={value!r} is not supported: only self-attention with freely placed rows (True) is"
+            )
+    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
+    return _make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
+
+
+def magi_attn_flex_dispatch(
+    x: torch.Tensor,
+    q_ranges: AttnRanges,
+    k_ranges: AttnRanges,
+    attn_mask_type: MaskTypes,
+    total_seqlen_q: int,
+    total_seqlen_k: int,
+    pad_size: int,
+    chunk_size: int,
+    cp_group: dist.ProcessGroup | None = None,
+    cp_mesh: DeviceMesh | None = None,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
+    *,
+    plan: AttnPlan | RankPlan | None = None,
+) -> tuple[torch.Tensor, DistAttnRuntimeKey]:
+    """Make the key of any mask made of slices and dispatch ``x`` with it.
+
+    Args:
+        x: The global input, the same on every rank, shape ``(total_seqlen_q, ...)``.
+        q_ranges: See :func:`magi_attn_flex_key`, as for all further arguments.
+        k_ranges: Ranges of keys.
+        attn_mask_type: One mask type for all slices or one each.
+        total_seqlen_q: Rows of the global sequence.
+        total_seqlen_k: Keys of the global sequence.
+        pad_size: Rows of padding at the end.
+        chunk_size: Rows in a chunk.
+        cp_group: The context-parallel process group. Give either this or ``cp_mesh``.
+        cp_mesh: The context-parallel device mesh.
+        dist_attn_config: How to balance and to split into stages.
+        is_same_source: Must be True.
+        is_q_permutable: Must be True.
+        is_k_permutable: Must be True.
+        plan: A plan made ahead.
+
+    Returns:
+        This rank's rows of ``x``, shape ``(local_seqlen, ...)``, and the key.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: As :func:`magi_attn_flex_key` and :func:`dispatch`.
+    """
+    key = magi_attn_flex_key(
+        q_ranges,
+        k_ranges,
+        attn_mask_type,
+        total_seqlen_q,
+        total_seqlen_k,
+        pad_size,
+        chunk_size,
+        cp_group,
+        cp_mesh,
+        dist_attn_config,
+        is_same_source,
+        is_q_permutable,
+        is_k_permutable,
+        plan=plan,
+    )
+    return dispatch(x, key), key
+
+
+def dispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
+    """Take this rank's rows of a global tensor.
+
+    Args:
+        x: The global tensor, the same on every rank, shape ``(total_seqlen, ...)``, any dtype.
+        key: The key.
+
+    Returns:
+        This rank's rows, shape ``(local_seqlen, ...)``: its chunks in ascending order, padding rows zero. Its
+        backward pass gathers the gradient of every rank's rows.
+
+    Raises:
+        TypeError: If ``key`` is no key or ``x`` no tensor.
+        ValueError: If ``x`` has another length, the key's plan was evicted, or the ranks made the key from different
+            masks.
+    """
+    runtime = _ready(key)
+    _check_rows("x", x, runtime.plan.dispatch.total_seqlen, "global rows, without padding")
+    return Dispatch.apply(x, runtime.plan.dispatch, runtime.group)
+
+
+def undispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
+    """Gather every rank's rows into the global tensor.
+
+    Args:
+        x: This rank's rows, shape ``(local_seqlen, ...)``.
+        key: The key.
+
+    Returns:
+        The global tensor on every rank, shape ``(total_seqlen, ...)``, in the original order and without padding. Its
+        backward pass takes this rank's rows of the gradient, which must be the same on every rank.
+
+    Raises:
+        TypeError: If ``key`` is no key or ``x`` no tensor.
+        ValueError: If ``x`` has another length, the key's plan was evicted, or the ranks made the key from different
+            masks.
+    """
+    runtime = _ready(key)
+    _check_rows("x", x, runtime.plan.dispatch.local_seqlen, "local rows")
+    return Undispatch.apply(x, runtime.plan.dispatch, runtime.group)
+
+
+def calc_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: DistAttnRuntimeKey
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of this rank's queries over the keys and values of all ranks, as the key's mask says.
+
+    A collective, forward and backward. Each row of k and v goes only to the ranks that attend it; the rows of one stage
+    travel while another is computed. Scores are scaled by ``1 / sqrt(head_dim)``.
+
+    Args:
+        q: Queries of the local rows, shape ``(local_seqlen, num_heads_q, head_dim)``, fp32, fp64, bf16 or fp16.
+        k: Keys of the local rows, shape ``(local_seqlen, num_heads_kv, head_dim)``; ``num_heads_kv`` divides
+            ``num_heads_q``.
+        v: Values of the local rows, of ``k``'s shape.
+        key: The key.
+
+    Returns:
+        ``out`` of ``q``'s shape and dtype, and ``lse``, the natural logarithm of the sum of exponentials of each row's
+        scores, shape ``(num_heads_q, local_seqlen)``, fp32 (fp64 for fp64 inputs). Rows that attend nothing give
+        ``out = 0``, ``lse = -inf`` and zero gradients. Gradients flow through both.
+
+    Raises:
+        TypeError: If ``key`` is no key, or q, k and v are no floating-point tensors of one dtype.
+        ValueError: If shapes do not fit together or to the key, the key's plan was evicted, or the ranks made the key
+            from different masks.
+    """
+    runtime = _ready(key)
+    check_qkv(q, k, v)
+    local_seqlen = runtime.plan.dispatch.local_seqlen
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_rows(name, tensor, local_seqlen, "local rows")
+    program = runtime.program(choose_engine(q), q.device)
+    return DistAttn.apply(q, k, v, program, runtime.group, AttnParams(softmax_scale=q.shape[-1] ** -0.5))
+
+
+def get_position_ids(key: DistAttnRuntimeKey) -> torch.Tensor:
+    """The global position of each of this rank's rows, for RoPE and other work that depends on positions.
+
+    Args:
+        key: The key.
+
+    Returns:
+        int64, shape ``(local_seqlen,)``, on the current CUDA device for NCCL groups, else on the CPU. Padding rows
+        repeat the last real position.
+
+    Raises:
+        TypeError: If ``key`` is no key.
+        ValueError: If the key's plan was evicted.
+    """
+    runtime = runtimes.get(key)
+    positions = torch.from_numpy(runtime.plan.dispatch.position_ids(runtime.plan.rank))
+    return positions.to(position_device(runtime.group))
+
+
+def get_most_recent_key() -> DistAttnRuntimeKey:
+    """The key last made or used in this process. Prefer to pass keys along.
+
+    Raises:
+        ValueError: If no key has been made yet.
+    """
+    return runtimes.most_recent()
+
+
+def set_plan_cache_capacity(capacity: int) -> None:
+    """Set how many keys' plans are kept; the least recently used beyond that are dropped.
+
+    Raises:
+        ValueError: If ``capacity`` is less than 1.
+    """
+    runtimes.set_capacity(capacity)
+
+
+def _make_key(
+    mask: AttnMask,
+    pad_size: int,
+    chunk_size: int,
+    group: dist.ProcessGroup,
+    config: DistAttnConfig,
+    plan: AttnPlan | RankPlan | None,
+) -> DistAttnRuntimeKey:
+    if not isinstance(config, DistAttnConfig):
+        raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {config!r}")
+    ranks = tuple(dist.get_process_group_ranks(group))
+    key = DistAttnRuntimeKey(mask, pad_size, chunk_size, ranks, group.group_name, config)
+    runtime = runtimes.find(key)
+    if runtime is None or runtime.group is not group:  # a group made anew may bear the name of one that was destroyed
+        rank = dist.get_rank(group)
+        plan = plan_attention(mask, len(ranks), chunk_size, pad_size, config) if plan is None else plan
+        rank_plan = plan.rank(rank) if isinstance(plan, AttnPlan) else plan
+        _check_plan(rank_plan, key, rank)
+        runtime = DistAttnRuntime(rank_plan, group)
+        runtimes.put(key, runtime)
+    if len(ranks) > 1:
+        runtime.agreements.append(start_agreement(key.digest, group))
+    return key
+
+
+def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, rank: int) -> None:
+    """Refuse a plan made ahead from other arguments."""
+    for name, planned, wanted in (
+        ("mask", plan.mask, key.mask),
+        ("cp_size", plan.dispatch.cp_size, key.cp_size),
+        ("rank", plan.rank, rank),
+        ("chunk_size", plan.dispatch.chunk_size, key.chunk_size),
+        ("pad_size", plan.dispatch.pad_size, key.pad_size),
+        ("config", plan.config, key.config),
+    ):
+        if planned != wanted:
+            raise ValueError(f"plan was made with {name} {planned!r}, but the key has {name} {wanted!r}")
+
+
+def _ready(key: DistAttnRuntimeKey) -> DistAttnRuntime:
+    runtime = runtimes.get(key)
+    runtime.settle_agreements()
+    return runtime
+
+
+def _check_rows(name: str, x: torch.Tensor, rows: int, what: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+    if x.ndim == 0 or x.shape[0] != rows:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but the key is for {rows} {what} in the first dimension")

@@ -1,0 +1,63 @@
+"""What a plan costs each rank, in numbers that people and programs can read."""
+
+from dataclasses import dataclass
+
+from magi_attention.mask.bands import area
+from magi_attention.planning.attn_plan import AttnPlan, RankPlan
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage on one rank: unmasked cells computed with the rows that it brings, and rows received and sent."""
+
+    area: int
+    recv_rows: int
+    send_rows: int
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank's part of a plan.
+
+    Attributes:
+        rank: The rank.
+        tokens: Its local rows, padding included; the same on every rank.
+        area: Unmasked cells that it computes.
+        recv_rows: Distinct remote key/value rows that it receives.
+        send_rows: Rows that it sends, a row once for each rank it goes to.
+        chunks: Its chunks, by their number in the global sequence, ascending.
+        local_area: The part of ``area`` that needs no remote row.
+        stages: The remote work.
+    """
+
+    rank: int
+    tokens: int
+    area: int
+    recv_rows: int
+    send_rows: int
+    chunks: list[int]
+    local_area: int
+    stages: list[StageReport]
+
+
+def report(plan: AttnPlan) -> list[RankReport]:
+    """Every rank's part of a plan."""
+    return [report_rank(plan.rank(rank)) for rank in range(plan.cp_size)]
+
+
+def report_rank(plan: RankPlan) -> RankReport:
+    """One rank's part of a plan."""
+    stages = [
+        StageReport(int(area(s.bands).sum()), s.collective.num_recv_rows, len(s.collective.send_rows))
+        for s in plan.stages
+    ]
+    return RankReport(
+        rank=plan.rank,
+        tokens=plan.dispatch.local_seqlen,
+        area=plan.area,
+        recv_rows=plan.num_recv_rows,
+        send_rows=plan.num_send_rows,
+        chunks=plan.dispatch.chunks(plan.rank).tolist(),
+        local_area=int(area(plan.local_bands).sum()),
+        stages=stages,
+    )

@@ -1,0 +1,1 @@
+"""Run a plan: the distributed loops, dispatch and undispatch, keys and their cache."""

@@ -1,0 +1,86 @@
+"""The plans that keys stand for, least recently used first out."""
+
+from collections import OrderedDict
+
+from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.runtime import DistAttnRuntime
+
+DEFAULT_CAPACITY = 128
+
+
+class RuntimeCache:
+    """Maps keys to runtimes. Forgetting one frees its plan; a backward pass that still needs it keeps its own hold."""
+
+    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
+        self.capacity = capacity
+        self._runtimes: OrderedDict[DistAttnRuntimeKey, DistAttnRuntime] = OrderedDict()
+        self._most_recent: DistAttnRuntimeKey | None = None
+
+    def __len__(self) -> int:
+        return len(self._runtimes)
+
+    def find(self, key: DistAttnRuntimeKey) -> DistAttnRuntime | None:
+        """The runtime of ``key``, or None."""
+        runtime = self._runtimes.get(key)
+        if runtime is not None:
+            self._runtimes.move_to_end(key)
+            self._most_recent = key
+        return runtime
+
+    def get(self, key: DistAttnRuntimeKey) -> DistAttnRuntime:
+        """The runtime of ``key``.
+
+        Raises:
+            TypeError: If ``key`` is no key.
+            ValueError: If its plan is not in the cache (any more).
+        """
+        if not isinstance(key, DistAttnRuntimeKey):
+            raise TypeError(f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key returns, not {key!r}")
+        runtime = self.find(key)
+        if runtime is None:
+            raise ValueError(
+                f"the plan of this key ({key.mask!r}, cp_size {key.cp_size}) is not in the cache: it was evicted by "
+                f"the {self.capacity} keys used last, or made in another process. Make the key again, or raise the "
+                "capacity with magi_attention.api.set_plan_cache_capacity"
+            )
+        return runtime
+
+    def put(self, key: DistAttnRuntimeKey, runtime: DistAttnRuntime) -> None:
+        """Add a runtime, as the most recent."""
+        self._runtimes[key] = runtime
+        self._runtimes.move_to_end(key)
+        self._most_recent = key
+        self._evict()
+
+    def set_capacity(self, capacity: int) -> None:
+        """How many plans are kept; the least recently used beyond that are dropped.
+
+        Raises:
+            ValueError: If ``capacity`` is less than 1.
+        """
+        if capacity < 1:
+            raise ValueError(f"the plan cache needs a capacity of at least 1, not {capacity}")
+        self.capacity = capacity
+        self._evict()
+
+    def most_recent(self) -> DistAttnRuntimeKey:
+        """The key last made or used.
+
+        Raises:
+            ValueError: If there is none yet.
+        """
+        if self._most_recent is None:
+            raise ValueError("no key has been made yet: call magi_attn_varlen_key or magi_attn_flex_key first")
+        return self._most_recent
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._runtimes.clear()
+        self._most_recent = None
+
+    def _evict(self) -> None:
+        while len(self._runtimes) > self.capacity:
+            self._runtimes.popitem(last=False)
+
+
+runtimes = RuntimeCache()

@@ -1,0 +1,88 @@
+"""Attention over the ranks: the staged forward and backward loops."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from magi_attention.comm import GroupReduce, RowExchange, group_cast, group_reduce
+from magi_attention.kernels.merge import compute_delta, merge_states
+from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.tile_schedule import TileSchedule
+from magi_attention.runtime.runtime import RankProgram
+
+Stage = tuple[RowExchange | None, TileSchedule, torch.Tensor, torch.Tensor]
+
+
+def attended_stages(
+    k: torch.Tensor, v: torch.Tensor, program: RankProgram, group: dist.ProcessGroup
+) -> Iterator[Stage]:
+    """The rank's own keys and values, then those of each stage as they arrive.
+
+    While the caller computes with one stage, the rows of the next are under way.
+
+    Yields:
+        The exchange that brought the rows (None for the rank's own), the tiles to compute, keys and values.
+    """
+    casts = (group_cast((k, v), stage.exchange, group) for stage in program.stages)
+    upcoming = next(casts, None)
+    if program.blocking and upcoming is not None:
+        upcoming.transfer.wait()
+    yield None, program.local, k, v
+    for stage in program.stages:
+        current, upcoming = upcoming, next(casts, None)
+        assert current is not None
+        stage_k, stage_v = current.wait()
+        yield stage.exchange, stage.schedule, stage_k, stage_v
+
+
+class DistAttn(torch.autograd.Function):
+    """``(q, k, v)`` of this rank's rows to ``(out, lse)`` of its rows, attending the rows of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        program: RankProgram,
+        group: dist.ProcessGroup,
+        params: AttnParams,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        state: tuple[torch.Tensor, torch.Tensor] | None = None
+        for _, schedule, stage_k, stage_v in attended_stages(k, v, program, group):
+            part = program.engine.forward(q, stage_k, stage_v, schedule, params)
+            if state is None:
+                state = part
+            else:
+                merge_states(*state, *part)
+        assert state is not None
+        out, lse = state[0].to(q.dtype), state[1]
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.program, ctx.group, ctx.params = program, group, params
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        program, group = ctx.program, ctx.group
+        delta = compute_delta(out, dout, dlse)
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        homeward: GroupReduce | None = None
+        for exchange, schedule, stage_k, stage_v in attended_stages(k, v, program, group):
+            part = program.engine.backward(dout, q, stage_k, stage_v, lse, delta, schedule, ctx.params)
+            if exchange is None or grads is None:
+                grads = part
+                continue
+            grads[0].add_(part[0])
+            previous, homeward = homeward, group_reduce(part[1:], exchange, group)
+            if previous is not None:
+                previous.wait(into=grads[1:])
+        assert grads is not None
+        if homeward is not None:
+            homeward.wait(into=grads[1:])
+        dq, dk, dv = grads
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None

@@ -1,0 +1,80 @@
+"""DistAttnRuntime: a rank's plan, its process group, and the plan made ready for a device."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from magi_attention.comm import RowExchange
+from magi_attention.kernels.engine import Engine
+from magi_attention.kernels.tile_schedule import TileSchedule
+from magi_attention.planning import RankPlan
+from magi_attention.runtime.agreement import Agreement
+
+
+@dataclass(frozen=True, eq=False)
+class StageProgram:
+    """One stage, ready to run: the rows that travel and the tiles to compute with them."""
+
+    exchange: RowExchange
+    schedule: TileSchedule
+
+
+@dataclass(frozen=True, eq=False)
+class RankProgram:
+    """A rank's plan, ready to run on a device with an engine.
+
+    Attributes:
+        engine: The attention kernels.
+        local: Tiles of the rank's queries and its own keys.
+        stages: The remote work, in order.
+        blocking: Whether to wait for remote rows before computing anything.
+    """
+
+    engine: Engine
+    local: TileSchedule
+    stages: tuple[StageProgram, ...]
+    blocking: bool
+
+    @classmethod
+    def prepare(cls, plan: RankPlan, engine: Engine, device: torch.device) -> "RankProgram":
+        """Compile a plan's bands into tile schedules and copy its routing to ``device``."""
+        rows = plan.dispatch.local_seqlen
+        stages = tuple(
+            StageProgram(
+                RowExchange.on_device(stage.collective, device),
+                engine.schedule(stage.bands, rows, stage.collective.num_recv_rows),
+            )
+            for stage in plan.stages
+        )
+        return cls(engine, engine.schedule(plan.local_bands, rows, rows), stages, plan.blocking)
+
+
+@dataclass(frozen=True, eq=False)
+class DistAttnRuntime:
+    """What a key stands for on this rank.
+
+    Attributes:
+        plan: This rank's plan.
+        group: The context-parallel process group.
+        programs: The plan made ready, by engine name and device; filled at first use.
+        agreements: Checks under way that the ranks agree, one for each time the key was made; settled at first use.
+    """
+
+    plan: RankPlan
+    group: dist.ProcessGroup
+    programs: dict[tuple[str, torch.device], RankProgram] = field(default_factory=dict)
+    agreements: list[Agreement] = field(default_factory=list)
+
+    def settle_agreements(self) -> None:
+        """Raise ValueError, on every rank, when the ranks made this key from different masks."""
+        while self.agreements:
+            self.agreements[0].check()  # a failed check stays, so that later uses fail too
+            self.agreements.pop(0)
+
+    def program(self, engine: Engine, device: torch.device) -> RankProgram:
+        """The plan made ready for an engine and a device."""
+        name = (engine.name, device)
+        if name not in self.programs:
+            self.programs[name] = RankProgram.prepare(self.plan, engine, device)
+        return self.programs[name]

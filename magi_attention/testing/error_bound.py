@@ -1,0 +1,28 @@
+"""The error that a low-precision result may have, derived and not tuned."""
+
+import torch
+
+
+def assert_close_to_oracle(actual: torch.Tensor, oracle: torch.Tensor, low_precision: torch.Tensor) -> None:
+    """Assert that ``actual`` is as good as its precision allows.
+
+    Its largest error may be twice that of the plain dense formula in the same precision, on the same inputs, plus one
+    rounding of the largest value.
+
+    Args:
+        actual: The result to judge.
+        oracle: The float64 result.
+        low_precision: The plain formula's result in the precision of the inputs.
+    """
+    finite = torch.isfinite(oracle)
+    assert torch.equal(torch.isfinite(actual), finite), "finite where the oracle is, and only there"
+    assert torch.equal(actual[~finite].double(), oracle[~finite].double())
+    if not finite.any():
+        return
+    exact = oracle[finite].double()
+    error = (actual[finite].double() - exact).abs().max()
+    plain_error = (low_precision[finite].double() - exact).abs().max()
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max()
+    assert error <= 2 * plain_error + rounding, (
+        f"error {error:.2e}, plain formula {plain_error:.2e}, rounding {rounding:.2e}"
+    )

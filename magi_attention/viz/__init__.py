@@ -1,0 +1,1 @@
+"""Tables for the terminal and pictures: needs the ``viz`` extra."""

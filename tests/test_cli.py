@@ -1,0 +1,92 @@
+"""``magi-attention plan``: what it prints and writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from magi_attention.cli import MASKS, main
+from magi_attention.mask import builders
+
+LENGTHS = [700, 1, 333, 40, 150]
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> Path:
+    path = tmp_path / "lengths.json"
+    path.write_text(json.dumps(LENGTHS))
+    return path
+
+
+def plan(*arguments: object) -> int:
+    return main(["plan", *(str(a) for a in arguments)])
+
+
+def test_json_is_exact(lengths: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    arguments = ("--lengths", lengths, "--cp-size", 4, "--chunk-size", 16, "--degree", 2, "--min-stage-rows", 8)
+    assert plan(*arguments, "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert (result["cp_size"], result["chunk_size"], result["total_seqlen"], result["pad_size"]) == (4, 16, 1224, 56)
+    assert result["plan_ms"] > 0
+    ranks = result["ranks"]
+    assert [r["rank"] for r in ranks] == [0, 1, 2, 3]
+    assert {r["tokens"] for r in ranks} == {320}
+    assert sorted(c for r in ranks for c in r["chunks"]) == list(range(80))
+
+    dense = builders.varlen(builders.cu_seqlens_from_lengths(LENGTHS), causal=True).to_dense()
+    for r in ranks:
+        own = {row for chunk in r["chunks"] for row in range(chunk * 16, chunk * 16 + 16) if row < 1224}
+        mine = dense[sorted(own)]
+        assert r["area"] == mine.sum() == r["local_area"] + sum(s["area"] for s in r["stages"])
+        remote = set(mine.any(axis=0).nonzero()[0].tolist()) - own
+        assert r["recv_rows"] == len(remote) == sum(s["recv_rows"] for s in r["stages"])
+        assert r["send_rows"] == sum(s["send_rows"] for s in r["stages"])
+    assert sum(r["send_rows"] for r in ranks) == sum(r["recv_rows"] for r in ranks)
+
+
+@pytest.mark.parametrize("mask", sorted(MASKS))
+def test_every_mask(mask: str, lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    arguments = ["--mask", mask, "--lengths", lengths, "--cp-size", 2, "--chunk-size", 32, "--json", out]
+    assert plan(*arguments, "--window", 99, 0, "--block-size", 64, "--prefix", 100) == 0
+    printed = capsys.readouterr().out
+    assert "rows received" in printed and "lower bound" in printed
+    assert json.loads(out.read_text())["total_seqlen"] == sum(LENGTHS)
+
+
+def test_plot_and_heap(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    assert plan("--mask", "causal", "--seqlen", 5000, "--cp-size", 12, "--balance", "heap", "--plot", picture) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1, -2]", "JSON list of document lengths"), ("[]", "JSON list"), ("{}", "JSON list"), ("[1", "is not JSON")],
+)
+def test_bad_lengths(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lengths.json"
+    path.write_text(text)
+    assert plan("--lengths", path, "--cp-size", 2) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--lengths", tmp_path / "missing.json", "--cp-size", 2) == 2
+    assert "missing.json" in capsys.readouterr().err
+    assert plan("--seqlen", 100, "--cp-size", 0) == 2
+    assert "cp_size must be at least 1" in capsys.readouterr().err
+    assert plan("--seqlen", 100, "--cp-size", 2, "--tolerance", 3) == 2
+    assert "tolerance must lie in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plan("--cp-size", 2)
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "magi_attention", "plan", "--seqlen", "4096", "--cp-size", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "planned for one rank in" in done.stdout
