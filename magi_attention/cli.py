@@ -121,16 +121,16 @@ def read_lengths(path: Path) -> list[int]:
 
 def time_one_rank(make_plan: Callable[[], AttnPlan]) -> float:
     """Milliseconds for the mask, the plan, one rank's part and its tile schedules: the median of three cold runs."""
-    from magi_attention.kernels.engine import REFERENCE
+    from magi_attention.kernels import reference
 
     times = []
     for _ in range(3):
         start = time.perf_counter()
         rank = make_plan().rank(0)
         rows = rank.dispatch.local_seqlen
-        REFERENCE.schedule(rank.local_bands, rows, rows)
+        reference.schedule(rank.local_bands, rows, rows)
         for stage in rank.stages:
-            REFERENCE.schedule(stage.bands, rows, stage.collective.num_recv_rows)
+            reference.schedule(stage.bands, rows, stage.collective.num_recv_rows)
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
 

@@ -34,6 +34,7 @@ from magi_attention.config import (
     OverlapConfig,
     UniformOverlapAlg,
 )
+from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges
 from magi_attention.planning import plan_attention
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -55,6 +56,7 @@ __all__ = [
     "calc_attn",
     "compute_pad_size",
     "dispatch",
+    "flex_flash_attn_func",
     "from_mask",
     "full_attention_to_varlen_attention",
     "get_most_recent_key",

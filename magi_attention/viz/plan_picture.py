@@ -70,9 +70,9 @@ def draw_balance(axes: Axes, plan: AttnPlan) -> None:
     """Unmasked area of each rank, and the mean."""
     areas = rank_areas(plan.work, plan.dispatch.owner, plan.cp_size)
     axes.bar(np.arange(plan.cp_size), areas, color=rank_colors(plan.cp_size))
-    axes.axhline(float(areas.mean()), color="0.3", linewidth=1, linestyle="--", label="mean")
+    axes.axhline(float(areas.mean()), color="0.3", linewidth=1, linestyle="--")
     peak = areas.max() / max(areas.mean(), 1)
-    axes.set_title(f"unmasked area, largest {peak:.3f} of the mean")
+    axes.set_title(f"unmasked area: peak / mean = {peak:.3f}")
     _style_ranks(axes)
 
 
@@ -81,7 +81,9 @@ def draw_rows(axes: Axes, plan: AttnPlan) -> None:
     received = plan.routes.rows_received(plan.cp_size)
     axes.bar(np.arange(plan.cp_size), received, color=rank_colors(plan.cp_size))
     everything = plan.dispatch.local_seqlen * (plan.cp_size - 1)
-    axes.axhline(everything, color="0.3", linewidth=1, linestyle=":", label="all-gather or ring")
+    axes.axhline(everything, color="0.3", linewidth=1, linestyle="--")
+    if everything:
+        axes.annotate("all-gather or ring", (-0.4, everything), xytext=(0, 3), textcoords="offset points", color="0.3")
     axes.set_title("key/value rows received")
     _style_ranks(axes)
 
@@ -93,4 +95,3 @@ def _style_ranks(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(bottom=0)
     axes.margins(y=0.12)
-    axes.legend(frameon=False, loc="lower right")

@@ -1,6 +1,5 @@
 """The ways in which training uses attention: layers, checkpointing, many keys, changing masks, no gradients."""
 
-import gc
 import resource
 
 import torch
@@ -130,7 +129,6 @@ def memory_of_changing_masks(rank: int, group: dist.ProcessGroup, steps: int) ->
         cu = [0, *cuts, 509]
         key = magi_attn_varlen_key(cu, cu, pad_size, 16, group, causal=True)
         calc_attn(*[dispatch(t, key) for t in leaves], key)[0].sum().backward()
-        gc.collect()
         peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert len(runtimes) == 16
     runtimes.set_capacity(128)

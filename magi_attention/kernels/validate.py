@@ -1,0 +1,39 @@
+"""What q, k and v must be, for every engine."""
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuse queries, keys and values that do not fit together.
+
+    Args:
+        q: ``(tokens, heads_q, head_dim)``.
+        k: ``(keys, heads_kv, head_dim)``; ``heads_kv`` divides ``heads_q``.
+        v: Shaped as ``k``.
+
+    Raises:
+        TypeError: If one is not a tensor, not floating point, or their dtypes differ.
+        ValueError: If their shapes or devices do not fit together.
+    """
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    for name, x in named.items():
+        if x.ndim != 3:
+            raise ValueError(f"{name} must have shape (tokens, heads, head_dim), got {tuple(x.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[2] != k.shape[2] or q.shape[2] == 0:
+        raise ValueError(f"q and k must have one head_dim, at least 1, got {q.shape[2]} and {k.shape[2]}")
+    heads_q, heads_kv = q.shape[1], k.shape[1]
+    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
+        raise ValueError(f"the heads of q must be a multiple of the heads of k and v, got {heads_q} and {heads_kv}")
