@@ -12,8 +12,10 @@ over each other.
 """
 
 import argparse
+import os
 import re
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,7 @@ def read_documents() -> list[bytes]:
 
 
 def pack_documents(documents: list[bytes], seqlen: int, steps: int, seed: int = 0) -> Iterator[Pack]:
-    """Random documents, packed to about ``seqlen`` tokens a step; none longer than half of it."""
+    """Random documents, packed to about ``seqlen`` tokens a step; none longer than a quarter of it."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         tokens: list[int] = []
@@ -74,7 +76,7 @@ def pack_documents(documents: list[bytes], seqlen: int, steps: int, seed: int = 
         cu_seqlens = [0]
         while len(tokens) < seqlen - 32:
             chosen = documents[int(torch.randint(len(documents), (), generator=generator))]
-            text = list(chosen[: min(seqlen // 2, seqlen - len(tokens))])
+            text = list(chosen[: min(seqlen // 4, seqlen - len(tokens))])
             tokens += text
             labels += [*text[1:], END_OF_DOCUMENT]
             cu_seqlens.append(len(tokens))
@@ -120,6 +122,7 @@ class Model(nn.Module):
     def __init__(self, dim: int = 64, layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(END_OF_DOCUMENT + 1, dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)  # it is the output layer too
         self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
         self.norm = nn.RMSNorm(dim)
 
@@ -211,8 +214,9 @@ def show(plan: AttnPlan, parallel: Run, alone: Run, output: Path) -> None:
     console = Console()
     everything = plan.dispatch.local_seqlen * (plan.cp_size - 1)
     error = (parallel.first_logits - alone.first_logits).abs().amax(dim=1).cpu()
-    table = Table(title=f"first step: {plan.mask.total_seqlen_q:,} tokens in {len(plan.mask.bands)} documents")
-    for name in ("rank", "tokens", "unmasked area", "rows received", "all-gather", "ring", "largest error of a logit"):
+    documents = f"{plan.mask.total_seqlen_q:,} tokens in {len(plan.mask.bands)} documents"
+    table = Table(title=f"first step: {documents}; error of the logits")
+    for name in ("rank", "tokens", "unmasked area", "rows received", "all-gather", "ring", "largest error"):
         table.add_column(name, justify="right")
     for rank in report(plan):
         positions = torch.from_numpy(plan.dispatch.position_ids(rank.rank))
@@ -244,9 +248,8 @@ def show(plan: AttnPlan, parallel: Run, alone: Run, output: Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(output / "loss.png")
     console.print(f"pictures: {output / 'plan.png'}, {output / 'loss.png'}")
-    tolerance = 1e-3
-    if gap > tolerance:
-        raise SystemExit(f"the curves differ by {gap:.1e}, more than rounding explains ({tolerance})")
+    if gap > 1e-4:
+        raise SystemExit(f"the curves differ by {gap:.1e}, more than rounding explains")
 
 
 def main(rank: int, world_size: int, args: argparse.Namespace) -> None:
@@ -274,7 +277,7 @@ def main(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seqlen", type=int, default=3000, help="tokens in a step")
+    parser.add_argument("--seqlen", type=int, default=3200, help="tokens in a step")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--nproc", type=int, default=4, help="processes to start when not run by torchrun")
@@ -282,12 +285,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     arguments.threads, arguments.rendezvous = torch.get_num_threads(), None
     if dist.is_torchelastic_launched():
-        import os
-
         main(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), arguments)
     else:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as directory:
             arguments.rendezvous = f"{directory}/rendezvous"
             mp.spawn(main, (arguments.nproc, arguments), nprocs=arguments.nproc)

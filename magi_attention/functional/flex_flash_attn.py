@@ -32,23 +32,25 @@ def flex_flash_attn_func(
     disable_fwd_atomic_reduction: bool = False,
     auto_range_merge: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with a mask made of slices: queries ``q_ranges[n]`` attend keys ``k_ranges[n]`` as ``attn_type_map[n]`` says.
+    """Attention with a mask made of slices: queries ``q_ranges[n]`` attend keys ``k_ranges[n]`` as
+    ``attn_type_map[n]`` says.
 
-    Slices may share queries, and share keys, in any order, but no (query, key) cell belongs to two of them: a query's softmax
-    runs once over all keys that its slices give it. A query of no slice attends nothing. The mask is compiled on the
-    CPU, and kept for the next calls with the same ranges; reading ranges from a GPU waits for it.
+    Slices may share queries, and share keys, in any order, but no (query, key) cell belongs to two of them: a query's
+    softmax runs once over all keys that its slices give it. A query of no slice attends nothing. The mask is compiled
+    on the CPU, and kept for the next calls with the same ranges; reading ranges from a GPU waits for it.
 
     Args:
         q: Queries, ``(tokens, heads_q, head_dim)``; float32, float64, bfloat16 or float16, any strides.
         k: Keys, ``(keys, heads_kv, head_dim)``. Query head ``h`` attends key head ``h // (heads_q // heads_kv)``.
         v: Values, shaped as ``k``.
-        q_ranges: The half-open range ``(start, end)`` of each slice's queries, int32 ``(n, 2)``, on the device of ``q``.
+        q_ranges: The half-open range ``(start, end)`` of each slice's queries, int32 ``(n, 2)``, on the device of
+            ``q``.
         k_ranges: The same of its keys.
         max_seqlen_q: The length of the longest range in ``q_ranges``, or more. It is only checked: the tiles are made
             from the ranges themselves.
         max_seqlen_k: The same for ``k_ranges``.
-        attn_type_map: The mask type of each slice, int32 ``(n,)``: 0 full, 1 causal (the last query of the slice sees its
-            last key), 2 inverse causal (the first query sees the first key), 3 bi-causal (both). None for all full.
+        attn_type_map: The mask type of each slice, int32 ``(n,)``: 0 full, 1 causal (the last query of the slice sees
+            its last key), 2 inverse causal (the first query sees the first key), 3 bi-causal (both). None for all full.
         softmax_scale: Factor of the scores, ``head_dim ** -0.5`` by default.
         softcap: If not 0, scores ``x`` become ``softcap * tanh(x / softcap)``.
         deterministic: Ask for gradients that are equal bit by bit from run to run. They always are.
@@ -59,14 +61,14 @@ def flex_flash_attn_func(
         auto_range_merge: Ask to join slices of the same queries before computing. They always are. Ignored.
 
     Returns:
-        ``out``, shaped and typed as ``q``, and ``lse``, the natural log-sum-exp of each query's scores, ``(heads_q, tokens)``,
-        float32, or float64 when ``q`` is. A query that attends nothing has ``out`` 0, ``lse`` -inf, and no gradient.
-        Both are differentiable.
+        ``out``, shaped and typed as ``q``, and ``lse``, the natural log-sum-exp of each query's scores, ``(heads_q,
+        tokens)``, float32, or float64 when ``q`` is. A query that attends nothing has ``out`` 0, ``lse`` -inf, and no
+        gradient. Both are differentiable.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If shapes, devices or options do not fit, a range is reversed or out of bounds, or two slices share a
-            cell; the message names the slices.
+        ValueError: If shapes, devices or options do not fit, a range is reversed or out of bounds, or two slices
+            share a cell; the message names the slices.
     """
     check_qkv(q, k, v)
     params = AttnParams(q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, softcap)

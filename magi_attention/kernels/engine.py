@@ -88,7 +88,9 @@ def choose_engine(q: torch.Tensor) -> Engine:
 
 
 def explain(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Which engine :func:`choose_engine` chooses for such attention and why, one line for each engine in their order."""
+    """Which engine :func:`choose_engine` chooses for such attention and why, one line for each engine in their
+    order.
+    """
     lines, chosen = [], False
     for engine in ENGINES:
         reason = engine.refusal(device_type, dtype, head_dim)

@@ -27,8 +27,8 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor, out_part: torch.Tensor, l
 def compute_delta(out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
     """The term that a row's scores share in the backward pass: ``dscore = prob * (dout . v - delta)``.
 
-    The softmax gives ``delta = dout . out`` (FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135); a gradient
-    of the log-sum-exp, whose derivative by a score is the probability, is subtracted from it.
+    The softmax gives ``delta = dout . out`` (FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135); a
+    gradient of the log-sum-exp, whose derivative by a score is the probability, is subtracted from it.
 
     Args:
         out: ``(tokens, heads, head_dim)``, any dtype.

@@ -61,14 +61,14 @@ def forward(
             for keys, bias in key_tiles:
                 scores = _mask(_scores(q_tile, k_heads[:, keys], walk.memory[0], params), bias)
                 new_top = torch.maximum(top, scores.amax(2, keepdim=True))
-                decay = top.sub_(new_top).exp_()
-                probs = scores.sub_(new_top).exp_()
+                decay = top.sub_(new_top).exp2_()
+                probs = scores.sub_(new_top).exp2_()
                 total.mul_(decay).add_(probs.sum(2, keepdim=True))
                 out_tile.mul_(decay).baddbmm_(probs, v_heads[:, keys])
                 top = new_top
             # The highest score adds exp(0) to the total, so that it is below 1 only where there is no key.
             out_rows[heads, rows] = out_tile.div_(total.clamp(min=1)).unflatten(1, (-1, group))
-            lse_rows[heads, rows] = top.add_(total.log_()).unflatten(1, (-1, group))
+            lse_rows[heads, rows] = top.add_(total.log2_()).mul_(math.log(2)).unflatten(1, (-1, group))
     return out, lse
 
 
@@ -105,15 +105,15 @@ def backward(
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     dq, dk, dv = q.new_zeros(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
     attends_nothing = lse == -torch.inf
-    lse = lse.masked_fill(attends_nothing, torch.inf)  # its probabilities become exp(score - inf) = 0
-    delta = delta.masked_fill(attends_nothing, 0)
+    lse = (lse * math.log2(math.e)).masked_fill(attends_nothing, torch.inf)  # its probabilities become exp(score - inf) = 0
+    delta = (delta * math.log(2)).masked_fill(attends_nothing, 0)
     walk = _Walk(schedule, group, dq)
     by_rows = dout, q, lse.T.unsqueeze(2), delta.T.unsqueeze(2)
     dout, q, lse, delta, k, v, dq_rows, dk_keys, dv_keys = (
         _by_kv_head(x, heads_kv) for x in (*by_rows, k, v, dq, dk, dv)
     )
     for heads in walk.head_chunks(heads_kv):
-        k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
+        k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype) * math.log(2)
         dk_heads, dv_heads = torch.zeros_like(k_heads), torch.zeros_like(v_heads)
         for rows, key_tiles in walk.query_tiles():
             dout_tile, q_tile, lse_tile, delta_tile = (_pack(x[heads, rows], dtype) for x in (dout, q, lse, delta))
@@ -123,7 +123,7 @@ def backward(
             for keys, bias in key_tiles:
                 scores = _scores(q_tile, k_heads[:, keys], walk.memory[0], params)
                 slope = _softcap_slope(scores, params)
-                probs = _mask(scores, bias).sub_(lse_tile).exp_()
+                probs = _mask(scores, bias).sub_(lse_tile).exp2_()
                 dv_heads[:, keys].add_(torch.bmm(probs.mT, dout_tile))
                 dproduct = _product(dout_tile, v_heads[:, keys], walk.memory[1]).sub_(delta_tile).mul_(probs)
                 if slope is not None:
@@ -193,17 +193,17 @@ def _product(a: torch.Tensor, b: torch.Tensor, memory: torch.Tensor) -> torch.Te
 
 def _scores(q: torch.Tensor, k: torch.Tensor, memory: torch.Tensor, params: AttnParams) -> torch.Tensor:
     scores = _product(q, k, memory)
-    return scores.tanh_().mul_(params.softcap) if params.softcap else scores
+    return scores.tanh_().mul_(params.softcap*math.log2(math.e)) if params.softcap else scores
 
 
 def _product_scale(params: AttnParams) -> float:
     """What ``q`` is multiplied by before its product with ``k``."""
-    return params.softmax_scale / params.softcap if params.softcap else params.softmax_scale
+    return params.softmax_scale / params.softcap if params.softcap else params.softmax_scale*math.log2(math.e)
 
 
 def _softcap_slope(scores: torch.Tensor, params: AttnParams) -> torch.Tensor | None:
     """Derivative of ``scores = c * tanh(product)``: ``c * (1 - tanh^2) = c - scores^2 / c``; None for 1."""
-    return scores.square().div_(-params.softcap).add_(params.softcap) if params.softcap else None
+    return scores.square().div_(-params.softcap*math.log2(math.e)).add_(params.softcap*math.log2(math.e)) if params.softcap else None
 
 
 def _mask(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -44,20 +44,21 @@ def draw_mask_by_rank(axes: Axes, plan: AttnPlan) -> None:
     """The mask, each row in the colour of the rank that computes it; darker where more of a block is attended."""
     total = plan.dispatch.padded_seqlen
     chunks_a_row = -(-len(plan.dispatch.owner) // 512)
-    block = plan.dispatch.chunk_size * chunks_a_row
-    rows = -(-total // block)
-    cols = min(512, total)
-    areas = block_areas(plan.mask.bands, rows * block, total, rows, cols)
-    share = np.clip(areas / (block * (-(-total // cols))), 0, 1)
+    block_q, block_k = plan.dispatch.chunk_size * chunks_a_row, -(-total // 512)
+    rows, cols = -(-total // block_q), -(-total // block_k)
+    areas = block_areas(plan.mask.bands, rows * block_q, cols * block_k, rows, cols)
+    share = areas / (block_q * block_k)
     owner = plan.dispatch.owner[::chunks_a_row]
     color = rank_colors(plan.cp_size)[owner][:, None, :]
     strength = np.where(areas > 0, 0.35 + 0.65 * share, 0.06)[..., None]
     axes.imshow(
         1 - strength * (1 - color),
-        extent=(0, total, rows * block, 0),
+        extent=(0, cols * block_k, rows * block_q, 0),
         interpolation="nearest",
         aspect="auto",
     )
+    axes.set_xlim(0, total)
+    axes.set_ylim(total, 0)
     axes.set_title("mask, coloured by rank")
     axes.set_xlabel("key")
     axes.set_ylabel("query")
