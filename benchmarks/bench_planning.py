@@ -22,7 +22,7 @@ from document_lengths import HISTOGRAMS
 from rich.console import Console
 from rich.progress import track
 
-from magi_attention.kernels.engine import REFERENCE
+from magi_attention.kernels import reference
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import plan_attention
 from magi_attention.planning.load_balance import contiguous, imbalance, min_heap, zigzag
@@ -38,9 +38,9 @@ def time_one_rank(make_mask: Callable[[], AttnMask], cp_size: int, chunk_size: i
     start = time.perf_counter()
     rank = plan_attention(make_mask(), cp_size, chunk_size).rank(cp_size // 2)
     rows = rank.dispatch.local_seqlen
-    REFERENCE.schedule(rank.local_bands, rows, rows)
+    reference.schedule(rank.local_bands, rows, rows)
     for stage in rank.stages:
-        REFERENCE.schedule(stage.bands, rows, stage.collective.num_recv_rows)
+        reference.schedule(stage.bands, rows, stage.collective.num_recv_rows)
     return (time.perf_counter() - start) * 1e3
 
 

@@ -97,9 +97,7 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a norm. Four query heads share each key/value head's work in
-    pairs.
-    """
+    """Attention and a feed-forward layer, each behind a norm. Two query heads share one key/value head."""
 
     def __init__(self, dim: int = 64, heads_q: int = 4, heads_kv: int = 2) -> None:
         super().__init__()

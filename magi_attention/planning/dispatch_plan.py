@@ -52,9 +52,7 @@ class DispatchPlan:
 
     @cached_property
     def owner_runs(self) -> tuple[IntArray, IntArray]:
-        """The sequence as maximal runs of one owner: all borders ``(n + 1,)``, first row and end, and the owners
-        ``(n,)``.
-        """
+        """The sequence as maximal runs of one owner: their borders, ``(n + 1,)``, and their owners, ``(n,)``."""
         first = np.flatnonzero(np.diff(self.owner, prepend=-1))
         return np.append(first, len(self.owner)) * self.chunk_size, self.owner[first]
 
@@ -80,9 +78,7 @@ class DispatchPlan:
         return int(np.clip(self.total_seqlen - starts, 0, self.chunk_size).sum())
 
     def position_ids(self, rank: int) -> IntArray:
-        """Global position of each of the rank's rows; padding repeats the last real position (0 in an empty
-        sequence).
-        """
+        """Global position of each of the rank's rows; padding repeats the last real position."""
         chunks = self.chunks(rank)
         rows = ranges_to_indices(chunks * self.chunk_size, np.full(len(chunks), self.chunk_size))
-        return np.minimum(rows, max(self.total_seqlen - 1, 0))
+        return np.minimum(rows, self.total_seqlen - 1)

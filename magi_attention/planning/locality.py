@@ -2,9 +2,8 @@
 
 Where every query sees itself, the rows that all ranks receive are the sum over ranks of the keys a rank needs, less the
 sequence: it does not matter who owns a row, only how many ranks need it. So a rank should take chunks that need the
-    same
-keys. In a causal document the chunk at position t needs all keys before t; once a rank has it, every earlier chunk of
-the document is free for it. That suggests peeling: let one rank take the heaviest chunk that is left and its
+same keys. In a causal document the chunk at position t needs all keys before t; once a rank has it, every earlier
+chunk of the document is free for it. That suggests peeling: let one rank take the heaviest chunk that is left and its
 neighbours, as many as its share of the area allows, then fill its places with the stretch of light chunks that costs
 least and makes the area come out; then the next rank. Zigzag is what this gives for one causal document, the
 contiguous cut for a sliding window.
@@ -29,10 +28,8 @@ def locality(work: ChunkWork, cp_size: int, tolerance: float) -> IntArray:
     """
     heap = min_heap(work, cp_size)
     limit = max((1 + tolerance) * int(work.areas.sum()) / cp_size, int(rank_areas(work, heap, cp_size).max()))
-    for slack in (
-        tolerance / 2,
-        tolerance / 8,
-    ):  # tighter shares move more rows, but leave a fairer rest to the last rank
+    # Tighter shares move more rows, but leave a fairer rest to the last rank.
+    for slack in (tolerance / 2, tolerance / 8):
         owner = _even_out(work, _peel(work, cp_size, slack), cp_size, limit)
         if int(rank_areas(work, owner, cp_size).max()) <= limit:
             return owner if work.rows_moved(owner) <= work.rows_moved(heap) else heap
@@ -50,7 +47,8 @@ def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:
     for rank in range(cp_size - 1):
         target = area_left / (cp_size - rank)
         by_area = by_area[free[by_area]]
-        taken = _one_share(work, links, free, by_area, _Share(slots, target, slack * target))
+        share = _Share(slots, target, slack * target)
+        taken = _fill(work, links, free, _grow_core(work, links, free, by_area, share), share)
         owner[taken] = rank
         free[taken] = False
         area_left -= int(work.areas[taken].sum())
@@ -58,9 +56,7 @@ def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:
 
 
 def _even_out(work: ChunkWork, owner: IntArray, cp_size: int, limit: float) -> IntArray:
-    """Swap chunks of the most loaded rank for lighter ones of others, the cheapest swap that will do, until all keep
-    the limit.
-    """
+    """Swap chunks of the most loaded rank for lighter ones, the cheapest swap that helps first, to keep the limit."""
     owner = owner.copy()
     for _ in range(work.num_chunks):
         loads = rank_areas(work, owner, cp_size)
@@ -123,21 +119,9 @@ class _Links:
         return cls(after_previous, before_next)
 
 
-def _one_share(work: ChunkWork, links: _Links, free: np.ndarray, by_area: IntArray, share: _Share) -> IntArray:
-    seed = int(by_area[-1])
-    core = _grow_core(work, links, free, seed, by_area, share)
-    if len(core) == share.slots and abs(work.areas[core].sum() - share.target) <= share.slack:
-        return np.array(core)
-    return _fill(work, links, free, np.array(core), share)
-
-
-def _grow_core(
-    work: ChunkWork, links: _Links, free: np.ndarray, seed: int, by_area: IntArray, share: _Share
-) -> list[int]:
-    """The seed and free neighbours, cheapest first, while the lightest chunks could still fill the rest of the
-    places.
-    """
-    areas = work.areas
+def _grow_core(work: ChunkWork, links: _Links, free: np.ndarray, by_area: IntArray, share: _Share) -> IntArray:
+    """The seed and free neighbours, cheapest first, while the lightest chunks could still fill the other places."""
+    areas, seed = work.areas, int(by_area[-1])
     lightest = np.concatenate(([0], np.cumsum(areas[by_area[: share.slots]]))).tolist()
     core, load = [seed], int(areas[seed])
     left, right = seed - 1, seed + 1
@@ -154,7 +138,7 @@ def _grow_core(
         core.append(chunk)
         load += int(areas[chunk])
         left, right = (left - 1, right) if go_left else (left, right + 1)
-    return core
+    return np.array(core)
 
 
 def _fill(work: ChunkWork, links: _Links, free: np.ndarray, core: IntArray, share: _Share) -> IntArray:

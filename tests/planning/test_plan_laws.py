@@ -37,9 +37,7 @@ def rows_of(runs: np.ndarray) -> np.ndarray:
 
 
 def cells_of(bands: np.ndarray, rows: np.ndarray, keys: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """How often a rank computes each global cell, from bands over buffers that hold the global ``rows`` and
-    ``keys``.
-    """
+    """How often a rank computes each global cell, from bands over buffers that hold global ``rows`` and ``keys``."""
     count = np.zeros(shape, np.int64)
     for q0, q1, k0, k1, lo, hi in bands.tolist():
         assert 0 <= q0 < q1 <= len(rows)

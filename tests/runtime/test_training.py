@@ -26,9 +26,7 @@ def inputs() -> list[torch.Tensor]:
 
 
 def layers_on_rank(rank: int, group: dist.ProcessGroup, use_checkpoint: bool) -> list[torch.Tensor]:
-    """Three layers, each with its own mask, all dispatched alike by a key of their own, with a residual between
-    them.
-    """
+    """Three layers, each with its own mask and key, with a residual between them."""
     keys = make_keys(group)
     x, *weights = inputs()
     h = x
