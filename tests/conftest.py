@@ -3,9 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from magi_attention.testing.rank_pool import RankPool
+
+
+# Torch then fills uninitialised memory with NaN, so that what nobody wrote does not pass for zero.
+torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The four published mask types of a slice."""
 
 from enum import Enum
+from numbers import Integral
 
 
 class AttnMaskType(Enum):
@@ -28,8 +29,8 @@ class AttnMaskType(Enum):
         """
         if isinstance(value, cls):
             return value
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(_BY_CODE):
-            return _BY_CODE[value]
+        if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(_BY_CODE):
+            return _BY_CODE[int(value)]
         if isinstance(value, str):
             try:
                 return cls(value.lower())

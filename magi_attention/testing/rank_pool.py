@@ -79,6 +79,7 @@ class RankPool:
 
 def _serve(rank: int, world_size: int, store: str, timeout_seconds: float, connection: Connection) -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN, too
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
     groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, world_size + 1)}

@@ -1,0 +1,162 @@
+"""flex_flash_attn_func: values, gradients, layouts, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils.checkpoint import checkpoint
+
+from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
+from magi_attention.mask import AttnMask
+from magi_attention.testing.dense_oracle import dense_attention, dense_mask
+from magi_attention.testing.mask_zoo import named_masks
+from magi_attention.testing.strategies import masks
+
+
+def ranges_of(mask: AttnMask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q_ranges, k_ranges, types = mask.to_ranges()
+    codes = torch.tensor([t.to_int_type() for t in types], dtype=torch.int32)
+    return q_ranges.to_tensor(), k_ranges.to_tensor(), codes
+
+
+def inputs(rows: int, keys: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, 4, 8), (keys, 2, 8), (keys, 2, 8))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def check(mask: AttnMask, **options: float) -> None:
+    q_ranges, k_ranges, codes = ranges_of(mask)
+    rows, keys = mask.total_seqlen_q, mask.total_seqlen_k
+    leaves = inputs(rows, keys)
+    out, lse = flex_flash_attn_func(*leaves, q_ranges, k_ranges, attn_type_map=codes, **options)
+    dense = dense_mask(q_ranges.numpy(), k_ranges.numpy(), codes.numpy(), rows, keys)
+    oracle = inputs(rows, keys)
+    expected, expected_lse = dense_attention(*oracle, dense, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-11, atol=1e-11)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    for o, lse_of, x in ((out, lse, leaves), (expected, expected_lse, oracle)):
+        ((o * weights).sum() + lse_of[torch.isfinite(lse_of)].square().sum()).backward()
+        assert all(t.grad is not None for t in x)
+    for ours, theirs in zip(leaves, oracle, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(named_masks(64)))
+def test_named_masks(name: str) -> None:
+    check(named_masks(89)[name])
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks(max_seqlen=40))
+def test_generated_masks(mask: AttnMask) -> None:
+    check(mask)
+
+
+def test_options() -> None:
+    check(named_masks(50)["prefix lm"], softmax_scale=0.3, softcap=2.0)
+
+
+RANGES = torch.tensor([[0, 5], [5, 9]], dtype=torch.int32)
+CAUSAL = torch.tensor([1, 1], dtype=torch.int32)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return flex_flash_attn_func(q, k, v, RANGES, RANGES, attn_type_map=CAUSAL, softcap=3.0)
+
+
+def test_gradcheck() -> None:
+    assert torch.autograd.gradcheck(attend, inputs(9, 9))
+
+
+def test_no_type_map_means_full() -> None:
+    q, k, v = inputs(9, 9)
+    full = torch.zeros(2, dtype=torch.int32)
+    expected = flex_flash_attn_func(q, k, v, RANGES, RANGES, attn_type_map=full)
+    assert all(torch.equal(a, b) for a, b in zip(flex_flash_attn_func(q, k, v, RANGES, RANGES), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_result_types(dtype: torch.dtype) -> None:
+    out, lse = attend(*inputs(9, 9, dtype))
+    assert out.dtype == dtype and out.shape == (9, 4, 8)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and lse.shape == (4, 9)
+
+
+def test_any_strides() -> None:
+    q, k, v = (torch.randn(8, h, 9, dtype=torch.float64).permute(2, 1, 0).requires_grad_() for h in (4, 2, 2))
+    out, lse = attend(q, k, v)
+    expected, expected_lse = attend(*(x.contiguous() for x in (q, k, v)))
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    out.transpose(0, 2).sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v) if x.grad is not None)
+
+
+def test_without_gradients() -> None:
+    leaves = inputs(9, 9)
+    out, _ = attend(*leaves)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            again, _ = attend(*leaves)
+        assert torch.equal(out, again) and not again.requires_grad
+
+
+def test_checkpoint() -> None:
+    plain, recomputed = inputs(9, 9), inputs(9, 9)
+    attend(*plain)[0].square().sum().backward()
+    checkpoint(lambda *x: attend(*x)[0], *recomputed, use_reentrant=False).square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
+
+
+def test_ranges_that_change_in_place_are_seen() -> None:
+    q, k, v = inputs(9, 9)
+    ranges = RANGES.clone()
+    before, _ = flex_flash_attn_func(q, k, v, ranges, ranges)
+    ranges[0, 1], ranges[1, 0] = 2, 2
+    after, _ = flex_flash_attn_func(q, k, v, ranges, ranges)
+    assert not torch.equal(before, after)
+
+
+def refuse(error: type[Exception], message: str, **changes: object) -> None:
+    q, k, v = inputs(9, 9)
+    arguments: dict[str, object] = dict(q=q, k=k, v=v, q_ranges=RANGES, k_ranges=RANGES, attn_type_map=CAUSAL)
+    with pytest.raises(error, match=message):
+        flex_flash_attn_func(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_bad_ranges() -> None:
+    refuse(ValueError, r"q_ranges\[1\].*out of bounds", q_ranges=torch.tensor([[0, 5], [5, 10]]))
+    refuse(ValueError, r"k_ranges\[0\]", k_ranges=torch.tensor([[5, 0], [5, 9]]))
+    refuse(ValueError, "q_ranges has 1 ranges but k_ranges has 2|attn_type_map", q_ranges=torch.tensor([[0, 5]]))
+    refuse(
+        ValueError,
+        r"slice 0 .*slice 1 .*overlap",
+        q_ranges=torch.tensor([[0, 5], [4, 9]]),
+        k_ranges=torch.tensor([[0, 5], [0, 9]]),
+    )
+    refuse(TypeError, "q_ranges must be int32 or int64", q_ranges=RANGES.float())
+    refuse(TypeError, "k_ranges must be an int32 tensor", k_ranges=[[0, 5], [5, 9]])
+    refuse(ValueError, r"k_ranges must have shape \(n, 2\)", k_ranges=torch.zeros(2, 3, dtype=torch.int32))
+    refuse(ValueError, "q_ranges must be on the device of q", q_ranges=RANGES.to("meta"))
+
+
+def test_bad_type_map() -> None:
+    refuse(ValueError, "attn_type_map has 1 entries", attn_type_map=CAUSAL[:1])
+    refuse(ValueError, r"attn_type_map\[1\] is 4", attn_type_map=torch.tensor([0, 4]))
+
+
+def test_bad_options() -> None:
+    refuse(ValueError, "max_seqlen_q is 4, but the longest range", max_seqlen_q=4)
+    refuse(ValueError, "max_seqlen_k is 4, but the longest range", max_seqlen_k=4)
+    refuse(ValueError, "softcap", softcap=-1.0)
+    refuse(ValueError, "softmax_scale", softmax_scale=0.0)
+    refuse(ValueError, "sm_margin must be at least 0", sm_margin=-1)
+
+
+def test_bad_tensors() -> None:
+    q, k, v = inputs(9, 9)
+    refuse((TypeError, ValueError), "dtype", k=k.float())
+    refuse(ValueError, "head", k=torch.zeros(9, 3, 8).double(), v=torch.zeros(9, 3, 8).double())
+    refuse(ValueError, "v", v=v[:8])
+    refuse(ValueError, "q", q=q[0])
+    refuse(TypeError, "q", q=q.detach().long())
