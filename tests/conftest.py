@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from magi_attention.testing.rank_pool import RankPool
 
-
 # Torch then fills uninitialised memory with NaN, so that what nobody wrote does not pass for zero.
 torch.use_deterministic_algorithms(True)
 

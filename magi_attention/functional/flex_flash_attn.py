@@ -13,7 +13,7 @@ from magi_attention.kernels.tile_schedule import TileSchedule
 from magi_attention.kernels.validate import check_qkv
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray
-from magi_attention.mask.ranges import as_int
+from magi_attention.mask.integers import as_int
 
 
 def flex_flash_attn_func(

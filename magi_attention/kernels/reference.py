@@ -1,16 +1,19 @@
 """The reference engine: attention over a tile schedule in plain torch, on any device.
 
-It is what the other engines are tested against, and what runs on a CPU. Memory grows with the length of the sequence, not
-with its square; time grows with the unmasked area. The forward pass is an online softmax over key tiles (Milakov &
-Gimelshein 2018, https://arxiv.org/abs/1805.02867; Rabe & Staats 2021, https://arxiv.org/abs/2112.05682); the backward pass
-makes the probabilities again from the log-sum-exp (FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+It is what the other engines are tested against, and what runs on a CPU. Memory grows with the length of the sequence,
+not with its square; time grows with the unmasked area. The forward pass is an online softmax over key tiles (Milakov &
+Gimelshein 2018, https://arxiv.org/abs/1805.02867; Rabe & Staats 2021, https://arxiv.org/abs/2112.05682). The backward
+pass makes the probabilities again from the log-sum-exp (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
 
-Each head of the keys makes one matrix product with all query heads that share it: they are packed into the rows of one
-matrix, row ``i * group + g`` for query ``i`` of a tile and head ``g`` of the group. Low precision is computed in float32.
+The query heads that share a key head are packed into the rows of one matrix, row ``i * group + g`` for query ``i`` and
+head ``g`` of the group. Low precision is computed in float32. Scores are in base 2, ``log2(e)`` times the natural ones:
+``torch.exp2`` takes the same time for every value, ``torch.exp`` on a CPU up to 200 times longer where the result is tiny.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,10 +22,25 @@ from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.tile_schedule import TileSchedule, build_tile_schedule
 from magi_attention.mask.bands import IntArray
 
-# Measured on a CPU: the scores of one tile, of a few heads at a time, stay in the cache from one operation to the next.
-BLOCK_Q = 128
+# Measured on a CPU with 2 MiB of cache a core: the scores of a tile, of some heads at a time, stay in the cache.
+BLOCK_Q = 256
 BLOCK_K = 256
-MAX_SCORES = 1 << 18
+MAX_SCORES = 1 << 19
+
+LN2 = math.log(2)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _undisturbed(function: Function) -> Function:
+    """Run without autograd, and without autocast, which would compute products in low precision."""
+
+    @functools.wraps(function)
+    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return cast(Function, run)
 
 
 def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TileSchedule:
@@ -30,6 +48,7 @@ def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TileSchedule:
     return build_tile_schedule(bands, num_rows, num_keys, BLOCK_Q, BLOCK_K)
 
 
+@_undisturbed
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TileSchedule, params: AttnParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,30 +67,36 @@ def forward(
     """
     dtype = accumulation_dtype(q.dtype)
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
-    out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
-    q, k, v, out_rows, lse_rows = (_by_kv_head(x, heads_kv) for x in (q, k, v, out, lse.T.unsqueeze(2)))
+    out = q.new_zeros(q.shape, dtype=dtype)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
     walk = _Walk(schedule, group, out)
+    factor, cap = _base_2(params)
+    q, k, v, out_rows, lse_rows = (_by_kv_head(x, heads_kv) for x in (q, k, v, out, lse.T.unsqueeze(2)))
     for heads in walk.head_chunks(heads_kv):
         k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
         for rows, key_tiles in walk.query_tiles():
-            q_tile = _pack(q[heads, rows], dtype) * _product_scale(params)
-            # The highest score of each row so far; finite, so that a row without a key has probability exp(-inf - top) = 0.
+            q_tile = _pack(q[heads, rows], dtype) * factor
+            # Each row's highest score so far. It is finite, so that a row without a key has exp2(-inf - top) = 0.
             top = q_tile.new_full((*q_tile.shape[:2], 1), torch.finfo(dtype).min)
             total, out_tile = torch.zeros_like(top), torch.zeros_like(q_tile)
             for keys, bias in key_tiles:
-                scores = _mask(_scores(q_tile, k_heads[:, keys], walk.memory[0], params), bias)
+                scores = _product(q_tile, k_heads[:, keys], walk.memory[0])
+                if cap:
+                    scores.tanh_().mul_(cap)
+                scores = _mask(scores, bias)
                 new_top = torch.maximum(top, scores.amax(2, keepdim=True))
                 decay = top.sub_(new_top).exp2_()
                 probs = scores.sub_(new_top).exp2_()
                 total.mul_(decay).add_(probs.sum(2, keepdim=True))
                 out_tile.mul_(decay).baddbmm_(probs, v_heads[:, keys])
                 top = new_top
-            # The highest score adds exp(0) to the total, so that it is below 1 only where there is no key.
+            # The highest score adds exp2(0) to the total: it is at least 1, or 0 where there is no key.
             out_rows[heads, rows] = out_tile.div_(total.clamp(min=1)).unflatten(1, (-1, group))
-            lse_rows[heads, rows] = top.add_(total.log2_()).mul_(math.log(2)).unflatten(1, (-1, group))
+            lse_rows[heads, rows] = top.add_(total.log2_()).mul_(LN2).unflatten(1, (-1, group))
     return out, lse
 
 
+@_undisturbed
 def backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -84,16 +109,16 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`forward`.
 
-    ``k``, ``v`` and ``schedule`` may be a part of the keys that ``lse`` and ``delta`` were made with; the results are then
-    that part's share of ``dq``, and its ``dk`` and ``dv``.
+    ``k``, ``v`` and ``schedule`` may be a part of the keys that ``lse`` and ``delta`` were made with; the results are
+    then that part's share of ``dq``, and its ``dk`` and ``dv``.
 
     Args:
         dout: Gradient of ``out``, ``(num_rows, heads_q, head_dim)``.
         q: As in :func:`forward`.
         k: As in :func:`forward`.
         v: As in :func:`forward`.
-        lse: Log-sum-exp over all keys, ``(heads_q, num_rows)``. Rows where it is -inf have gradient 0, whatever ``dout``
-            and ``delta`` hold there.
+        lse: Log-sum-exp over all keys, ``(heads_q, num_rows)``. Rows where it is -inf have gradient 0, whatever
+            ``dout`` and ``delta`` hold there.
         delta: See :func:`magi_attention.kernels.merge.compute_delta`, ``(heads_q, num_rows)``.
         schedule: As in :func:`forward`.
         params: As in :func:`forward`.
@@ -104,33 +129,37 @@ def backward(
     dtype = accumulation_dtype(q.dtype)
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     dq, dk, dv = q.new_zeros(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
-    attends_nothing = lse == -torch.inf
-    lse = (lse * math.log2(math.e)).masked_fill(attends_nothing, torch.inf)  # its probabilities become exp(score - inf) = 0
-    delta = (delta * math.log(2)).masked_fill(attends_nothing, 0)
     walk = _Walk(schedule, group, dq)
-    by_rows = dout, q, lse.T.unsqueeze(2), delta.T.unsqueeze(2)
-    dout, q, lse, delta, k, v, dq_rows, dk_keys, dv_keys = (
-        _by_kv_head(x, heads_kv) for x in (*by_rows, k, v, dq, dk, dv)
-    )
+    factor, cap = _base_2(params)
+    attends_nothing = lse == -torch.inf
+    lse = (lse / LN2).masked_fill(attends_nothing, torch.inf)  # its probabilities become exp2(score - inf) = 0
+    delta = (delta * LN2).masked_fill(attends_nothing, 0)
+    q, dout, lse, delta = (_by_kv_head(x, heads_kv) for x in (q, dout, lse.T.unsqueeze(2), delta.T.unsqueeze(2)))
+    k, v, dq_rows, dk_keys, dv_keys = (_by_kv_head(x, heads_kv) for x in (k, v, dq, dk, dv))
     for heads in walk.head_chunks(heads_kv):
-        k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype) * math.log(2)
+        k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
+        v_scaled = v_heads * LN2  # dscore of a score in base 2 is LN2 * prob * (dout . v - delta)
         dk_heads, dv_heads = torch.zeros_like(k_heads), torch.zeros_like(v_heads)
         for rows, key_tiles in walk.query_tiles():
-            dout_tile, q_tile, lse_tile, delta_tile = (_pack(x[heads, rows], dtype) for x in (dout, q, lse, delta))
+            q_tile, dout_tile, lse_tile, delta_tile = (_pack(x[heads, rows], dtype) for x in (q, dout, lse, delta))
+            q_tile = q_tile * factor
             dout_tile = dout_tile.masked_fill(lse_tile == torch.inf, 0)
-            q_tile = q_tile * _product_scale(params)
             dq_tile = torch.zeros_like(q_tile)
             for keys, bias in key_tiles:
-                scores = _scores(q_tile, k_heads[:, keys], walk.memory[0], params)
-                slope = _softcap_slope(scores, params)
+                k_tile = k_heads[:, keys]
+                scores = _product(q_tile, k_tile, walk.memory[0])
+                slope = None
+                if cap:
+                    scores.tanh_().mul_(cap)
+                    slope = scores.square().div_(-cap).add_(cap)  # cap * (1 - tanh^2)
                 probs = _mask(scores, bias).sub_(lse_tile).exp2_()
                 dv_heads[:, keys].add_(torch.bmm(probs.mT, dout_tile))
-                dproduct = _product(dout_tile, v_heads[:, keys], walk.memory[1]).sub_(delta_tile).mul_(probs)
+                dproduct = _product(dout_tile, v_scaled[:, keys], walk.memory[1]).sub_(delta_tile).mul_(probs)
                 if slope is not None:
                     dproduct.mul_(slope)
                 dk_heads[:, keys].add_(torch.bmm(dproduct.mT, q_tile))
-                dq_tile.baddbmm_(dproduct, k_heads[:, keys])
-            dq_rows[heads, rows] = dq_tile.mul_(_product_scale(params)).unflatten(1, (-1, group))
+                dq_tile.baddbmm_(dproduct, k_tile)
+            dq_rows[heads, rows] = dq_tile.mul_(factor).unflatten(1, (-1, group))
         dk_keys[heads], dv_keys[heads] = dk_heads.unsqueeze(2), dv_heads.unsqueeze(2)
     return dq, dk, dv
 
@@ -141,69 +170,61 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Walk:
-    """The tiles of a schedule, one after the other, and memory for the scores of one."""
+    """The tiles of a schedule one after the other, and ``memory`` for two blocks of scores of one tile."""
 
     def __init__(self, schedule: TileSchedule, group: int, like: torch.Tensor) -> None:
-        self.bounds, self.offsets = schedule.q_bounds.tolist(), schedule.offsets.tolist()
-        self.key_tiles = list(
-            zip(schedule.key_starts.tolist(), schedule.key_ends.tolist(), schedule.full.tolist(), strict=True)
+        self._bounds, self._offsets = schedule.q_bounds.tolist(), schedule.offsets.tolist()
+        key_tiles = schedule.key_starts.tolist(), schedule.key_ends.tolist(), schedule.full.tolist()
+        self._key_tiles = list(zip(*key_tiles, strict=True))
+        self._starts, self._ends = (
+            torch.from_numpy(x).to(like.device).unsqueeze(2) for x in (schedule.starts, schedule.ends)
         )
-        self.starts, self.ends = (torch.from_numpy(x).to(like.device).unsqueeze(2) for x in (schedule.starts, schedule.ends))
         in_use = np.logical_or.reduceat(schedule.ends > schedule.starts, schedule.q_bounds[:-1], axis=1)
-        self.num_layers = in_use.sum(0).tolist()
-        longest_q = np.diff(schedule.q_bounds).max(initial=1)
-        longest_k = (schedule.key_ends - schedule.key_starts).max(initial=1)
-        scores = int(longest_q * longest_k) * group
-        self.step = max(1, MAX_SCORES // scores)
-        self.keys = torch.arange(int(longest_k), dtype=like.dtype, device=like.device)
-        self.memory = like.new_empty(2, self.step * scores)
+        self._num_layers = in_use.sum(axis=0).tolist()
+        most_rows = int(np.diff(schedule.q_bounds).max(initial=1))
+        most_keys = int((schedule.key_ends - schedule.key_starts).max(initial=1))
+        num_scores = most_rows * group * most_keys
+        self._heads_at_once = max(1, MAX_SCORES // num_scores)
+        self._keys = torch.arange(most_keys, dtype=like.dtype, device=like.device)
+        self.memory = like.new_empty(2, self._heads_at_once * num_scores)
 
     def head_chunks(self, heads_kv: int) -> Iterator[slice]:
-        """Heads of the keys to compute at a time."""
-        return (slice(head, head + self.step) for head in range(0, heads_kv, self.step))
+        """The heads of the keys, so many at a time that their scores fit the memory."""
+        step = self._heads_at_once
+        return (slice(head, min(head + step, heads_kv)) for head in range(0, heads_kv, step))
 
     def query_tiles(self) -> Iterator[tuple[slice, Iterator[tuple[slice, torch.Tensor | None]]]]:
-        """The rows of each query tile that attends something, and its key tiles."""
-        for tile in range(len(self.bounds) - 1):
-            if self.offsets[tile] < self.offsets[tile + 1]:
-                yield slice(self.bounds[tile], self.bounds[tile + 1]), self._key_tiles(tile)
+        """The rows of each query tile that attends something, and its key tiles: keys, and a bias unless it is full."""
+        for tile in range(len(self._bounds) - 1):
+            key_tiles = self._key_tiles[self._offsets[tile] : self._offsets[tile + 1]]
+            if key_tiles:
+                rows, num_layers = slice(self._bounds[tile], self._bounds[tile + 1]), self._num_layers[tile]
+                yield (
+                    rows,
+                    (
+                        (slice(start, end), None if full else self._bias(rows, start, end, num_layers))
+                        for start, end, full in key_tiles
+                    ),
+                )
 
-    def _key_tiles(self, tile: int) -> Iterator[tuple[slice, torch.Tensor | None]]:
-        """The keys of each key tile, and what masks its scores, None where nothing does."""
-        rows = slice(self.bounds[tile], self.bounds[tile + 1])
-        layers = range(self.num_layers[tile])
-        for start, end, full in self.key_tiles[self.offsets[tile] : self.offsets[tile + 1]]:
-            yield slice(start, end), None if full else self._bias(rows, start, end, layers)
-
-    def _bias(self, rows: slice, start: int, end: int, layers: range) -> torch.Tensor:
-        """0 where a row attends a key and -inf where not, ``(rows, 1, keys)``."""
-        keys = self.keys[: end - start]
-        depth = None
-        for layer in layers:
-            x = torch.minimum(keys - (self.starts[layer, rows] - start), (self.ends[layer, rows] - start - 1) - keys)
-            depth = x if depth is None else torch.maximum(depth, x)
+    def _bias(self, rows: slice, start: int, end: int, num_layers: int) -> torch.Tensor:
+        """0 where a row attends a key, -inf where not, ``(rows, 1, keys)``, to be added to the scores."""
+        keys = self._keys[: end - start]
+        # How far a key lies inside a row's interval, negative outside: comparisons would take three times as long.
+        depth = functools.reduce(
+            torch.maximum,
+            (
+                torch.minimum(keys - (self._starts[layer, rows] - start), (self._ends[layer, rows] - start - 1) - keys)
+                for layer in range(num_layers)
+            ),
+        )
         return torch.nn.functional.threshold_(depth.clamp_(max=0), -0.5, -torch.inf).unsqueeze(1)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """``a @ b^T`` of each head, written to ``memory``."""
-    shape = *a.shape[:2], b.shape[1]
+    shape = (*a.shape[:2], b.shape[1])
     return torch.bmm(a, b.mT, out=memory[: math.prod(shape)].view(shape))
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, memory: torch.Tensor, params: AttnParams) -> torch.Tensor:
-    scores = _product(q, k, memory)
-    return scores.tanh_().mul_(params.softcap*math.log2(math.e)) if params.softcap else scores
-
-
-def _product_scale(params: AttnParams) -> float:
-    """What ``q`` is multiplied by before its product with ``k``."""
-    return params.softmax_scale / params.softcap if params.softcap else params.softmax_scale*math.log2(math.e)
-
-
-def _softcap_slope(scores: torch.Tensor, params: AttnParams) -> torch.Tensor | None:
-    """Derivative of ``scores = c * tanh(product)``: ``c * (1 - tanh^2) = c - scores^2 / c``; None for 1."""
-    return scores.square().div_(-params.softcap*math.log2(math.e)).add_(params.softcap*math.log2(math.e)) if params.softcap else None
 
 
 def _mask(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -212,11 +233,18 @@ def _mask(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return scores
 
 
+def _base_2(params: AttnParams) -> tuple[float, float]:
+    """``(factor, cap)`` of scores in base 2: ``factor * q . k``, or ``cap * tanh(factor * q . k)`` where ``cap`` is not 0."""
+    if params.softcap:
+        return params.softmax_scale / params.softcap, params.softcap / LN2
+    return params.softmax_scale / LN2, 0.0
+
+
 def _by_kv_head(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
     """``(tokens, heads, dim)`` seen as ``(heads_kv, tokens, group, dim)``."""
     return x.unflatten(1, (heads_kv, -1)).movedim(1, 0)
 
 
 def _pack(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``(heads_kv, tokens, group, dim)`` to ``(heads_kv, tokens * group, dim)``."""
+    """``(heads_kv, tokens, group, dim)`` to ``(heads_kv, tokens * group, dim)``, contiguous."""
     return x.to(dtype).flatten(1, 2).contiguous()

@@ -69,14 +69,8 @@ def build_tile_schedule(bands: IntArray, num_rows: int, num_keys: int, block_q: 
     starts, ends = _intervals(bands, layer, num_rows)
     q_bounds = _cut_rows(bands, num_rows, block_q)
     offsets, key_starts, key_ends, full = _key_tiles(bands, q_bounds, num_keys, block_k)
-    return TileSchedule(
-        num_rows,
-        num_keys,
-        starts,
-        ends,
-        *(x.astype(np.int32) for x in (q_bounds, offsets, key_starts, key_ends)),
-        full,
-    )
+    q_bounds32, offsets32, starts32, ends32 = (x.astype(np.int32) for x in (q_bounds, offsets, key_starts, key_ends))
+    return TileSchedule(num_rows, num_keys, starts, ends, q_bounds32, offsets32, starts32, ends32, full)
 
 
 def _layers(bands: IntArray) -> tuple[IntArray, IntArray]:

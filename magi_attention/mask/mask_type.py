@@ -1,7 +1,8 @@
 """The four published mask types of a slice."""
 
 from enum import Enum
-from numbers import Integral
+from operator import index
+from typing import SupportsIndex
 
 
 class AttnMaskType(Enum):
@@ -21,7 +22,7 @@ class AttnMaskType(Enum):
     BICAUSAL = "bi_causal"
 
     @classmethod
-    def parse(cls, value: "AttnMaskType | str | int") -> "AttnMaskType":
+    def parse(cls, value: "AttnMaskType | str | SupportsIndex") -> "AttnMaskType":
         """Read a mask type from an enum member, its string, or its integer code.
 
         Raises:
@@ -29,13 +30,11 @@ class AttnMaskType(Enum):
         """
         if isinstance(value, cls):
             return value
-        if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(_BY_CODE):
-            return _BY_CODE[int(value)]
         if isinstance(value, str):
-            try:
-                return cls(value.lower())
-            except ValueError:
-                pass
+            if value.lower() in _BY_NAME:
+                return _BY_NAME[value.lower()]
+        elif not isinstance(value, bool) and hasattr(value, "__index__") and 0 <= index(value) < len(_BY_CODE):
+            return _BY_CODE[index(value)]
         names = ", ".join(repr(member.value) for member in cls)
         raise ValueError(f"unknown attn_mask_type {value!r}: use an AttnMaskType, one of {names}, or a code 0 to 3")
 
@@ -54,3 +53,4 @@ class AttnMaskType(Enum):
 
 
 _BY_CODE = list(AttnMaskType)
+_BY_NAME = {member.value: member for member in AttnMaskType}

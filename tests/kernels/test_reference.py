@@ -147,5 +147,5 @@ def test_engine_choice() -> None:
     ],
 )
 def test_bad_parameters(options: dict[str, float], error: type[Exception]) -> None:
-    with pytest.raises(error, match="softmax_scale|softcap"):
+    with pytest.raises(error, match=r"softmax_scale|softcap"):
         AttnParams(**options)
