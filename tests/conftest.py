@@ -10,6 +10,8 @@ from magi_attention.testing.rank_pool import RankPool
 
 # Torch then fills uninitialised memory with NaN, so that what nobody wrote does not pass for zero.
 torch.use_deterministic_algorithms(True)
+# Test tensors are small: threads would mostly wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

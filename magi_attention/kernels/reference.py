@@ -6,8 +6,8 @@ Gimelshein 2018, https://arxiv.org/abs/1805.02867; Rabe & Staats 2021, https://a
 pass makes the probabilities again from the log-sum-exp (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
 
 The query heads that share a key head are packed into the rows of one matrix, row ``i * group + g`` for query ``i`` and
-head ``g`` of the group. Low precision is computed in float32. Scores are in base 2, ``log2(e)`` times the natural ones:
-``torch.exp2`` takes the same time for every value, ``torch.exp`` on a CPU up to 200 times longer where the result is tiny.
+head ``g`` of the group. Low precision is computed in float32. Scores are in base 2, ``log2(e)`` times the natural
+ones: ``torch.exp2`` takes the same time for every value, ``torch.exp`` on a CPU 200 times longer for tiny results.
 """
 
 import functools
@@ -62,17 +62,17 @@ def forward(
         params: How scores are made.
 
     Returns:
-        ``out``, shaped as ``q``, and ``lse``, the natural log-sum-exp of each row's scores, ``(heads_q, num_rows)``. Both
-        are float32, or float64 when ``q`` is. A row that attends nothing has ``out`` 0 and ``lse`` -inf.
+        ``out``, shaped as ``q``, and ``lse``, the natural log-sum-exp of each row's scores, ``(heads_q, num_rows)``.
+        Both are float32, or float64 when ``q`` is. A row that attends nothing has ``out`` 0 and ``lse`` -inf.
     """
     dtype = accumulation_dtype(q.dtype)
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_zeros(q.shape, dtype=dtype)
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
-    walk = _Walk(schedule, group, out)
+    walk = _Walk(schedule, heads_kv, group, out)
     factor, cap = _base_2(params)
     q, k, v, out_rows, lse_rows = (_by_kv_head(x, heads_kv) for x in (q, k, v, out, lse.T.unsqueeze(2)))
-    for heads in walk.head_chunks(heads_kv):
+    for heads in walk.head_chunks:
         k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
         for rows, key_tiles in walk.query_tiles():
             q_tile = _pack(q[heads, rows], dtype) * factor
@@ -128,22 +128,22 @@ def backward(
     """
     dtype = accumulation_dtype(q.dtype)
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
-    dq, dk, dv = q.new_zeros(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
-    walk = _Walk(schedule, group, dq)
+    dq, dk, dv = q.new_zeros(q.shape, dtype=dtype), k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
+    walk = _Walk(schedule, heads_kv, group, dq)
     factor, cap = _base_2(params)
     attends_nothing = lse == -torch.inf
     lse = (lse / LN2).masked_fill(attends_nothing, torch.inf)  # its probabilities become exp2(score - inf) = 0
     delta = (delta * LN2).masked_fill(attends_nothing, 0)
     q, dout, lse, delta = (_by_kv_head(x, heads_kv) for x in (q, dout, lse.T.unsqueeze(2), delta.T.unsqueeze(2)))
     k, v, dq_rows, dk_keys, dv_keys = (_by_kv_head(x, heads_kv) for x in (k, v, dq, dk, dv))
-    for heads in walk.head_chunks(heads_kv):
+    for heads in walk.head_chunks:
         k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
-        v_scaled = v_heads * LN2  # dscore of a score in base 2 is LN2 * prob * (dout . v - delta)
-        dk_heads, dv_heads = torch.zeros_like(k_heads), torch.zeros_like(v_heads)
+        dk_heads, dv_heads = dk_keys[heads].squeeze(2), dv_keys[heads].squeeze(2)
         for rows, key_tiles in walk.query_tiles():
             q_tile, dout_tile, lse_tile, delta_tile = (_pack(x[heads, rows], dtype) for x in (q, dout, lse, delta))
             q_tile = q_tile * factor
             dout_tile = dout_tile.masked_fill(lse_tile == torch.inf, 0)
+            dout_base_2 = dout_tile * LN2  # a score in base 2 is worth LN2 natural ones
             dq_tile = torch.zeros_like(q_tile)
             for keys, bias in key_tiles:
                 k_tile = k_heads[:, keys]
@@ -154,13 +154,12 @@ def backward(
                     slope = scores.square().div_(-cap).add_(cap)  # cap * (1 - tanh^2)
                 probs = _mask(scores, bias).sub_(lse_tile).exp2_()
                 dv_heads[:, keys].add_(torch.bmm(probs.mT, dout_tile))
-                dproduct = _product(dout_tile, v_scaled[:, keys], walk.memory[1]).sub_(delta_tile).mul_(probs)
+                dproduct = _product(dout_base_2, v_heads[:, keys], walk.memory[1]).sub_(delta_tile).mul_(probs)
                 if slope is not None:
                     dproduct.mul_(slope)
                 dk_heads[:, keys].add_(torch.bmm(dproduct.mT, q_tile))
                 dq_tile.baddbmm_(dproduct, k_tile)
             dq_rows[heads, rows] = dq_tile.mul_(factor).unflatten(1, (-1, group))
-        dk_keys[heads], dv_keys[heads] = dk_heads.unsqueeze(2), dv_heads.unsqueeze(2)
     return dq, dk, dv
 
 
@@ -170,9 +169,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Walk:
-    """The tiles of a schedule one after the other, and ``memory`` for two blocks of scores of one tile."""
+    """The tiles of a schedule, one after the other.
 
-    def __init__(self, schedule: TileSchedule, group: int, like: torch.Tensor) -> None:
+    Attributes:
+        head_chunks: The heads of the keys, so many at a time that their scores fit the cache.
+        memory: Two places for the scores of one tile, of one chunk of heads.
+    """
+
+    def __init__(self, schedule: TileSchedule, heads_kv: int, group: int, like: torch.Tensor) -> None:
         self._bounds, self._offsets = schedule.q_bounds.tolist(), schedule.offsets.tolist()
         key_tiles = schedule.key_starts.tolist(), schedule.key_ends.tolist(), schedule.full.tolist()
         self._key_tiles = list(zip(*key_tiles, strict=True))
@@ -184,41 +188,33 @@ class _Walk:
         most_rows = int(np.diff(schedule.q_bounds).max(initial=1))
         most_keys = int((schedule.key_ends - schedule.key_starts).max(initial=1))
         num_scores = most_rows * group * most_keys
-        self._heads_at_once = max(1, MAX_SCORES // num_scores)
+        step = min(heads_kv, max(1, MAX_SCORES // num_scores))
+        self.head_chunks = [slice(head, min(head + step, heads_kv)) for head in range(0, heads_kv, step)]
+        self.memory = like.new_empty(2, step * num_scores)
         self._keys = torch.arange(most_keys, dtype=like.dtype, device=like.device)
-        self.memory = like.new_empty(2, self._heads_at_once * num_scores)
-
-    def head_chunks(self, heads_kv: int) -> Iterator[slice]:
-        """The heads of the keys, so many at a time that their scores fit the memory."""
-        step = self._heads_at_once
-        return (slice(head, min(head + step, heads_kv)) for head in range(0, heads_kv, step))
 
     def query_tiles(self) -> Iterator[tuple[slice, Iterator[tuple[slice, torch.Tensor | None]]]]:
         """The rows of each query tile that attends something, and its key tiles: keys, and a bias unless it is full."""
         for tile in range(len(self._bounds) - 1):
             key_tiles = self._key_tiles[self._offsets[tile] : self._offsets[tile + 1]]
             if key_tiles:
-                rows, num_layers = slice(self._bounds[tile], self._bounds[tile + 1]), self._num_layers[tile]
-                yield (
-                    rows,
-                    (
-                        (slice(start, end), None if full else self._bias(rows, start, end, num_layers))
-                        for start, end, full in key_tiles
-                    ),
-                )
+                rows = slice(self._bounds[tile], self._bounds[tile + 1])
+                yield rows, self._with_bias(rows, key_tiles, self._num_layers[tile])
+
+    def _with_bias(
+        self, rows: slice, key_tiles: list[tuple[int, int, bool]], num_layers: int
+    ) -> Iterator[tuple[slice, torch.Tensor | None]]:
+        for start, end, full in key_tiles:
+            yield slice(start, end), None if full else self._bias(rows, start, end, num_layers)
 
     def _bias(self, rows: slice, start: int, end: int, num_layers: int) -> torch.Tensor:
         """0 where a row attends a key, -inf where not, ``(rows, 1, keys)``, to be added to the scores."""
         keys = self._keys[: end - start]
-        # How far a key lies inside a row's interval, negative outside: comparisons would take three times as long.
-        depth = functools.reduce(
-            torch.maximum,
-            (
-                torch.minimum(keys - (self._starts[layer, rows] - start), (self._ends[layer, rows] - start - 1) - keys)
-                for layer in range(num_layers)
-            ),
-        )
-        return torch.nn.functional.threshold_(depth.clamp_(max=0), -0.5, -torch.inf).unsqueeze(1)
+        depth = []  # how far a key lies inside a row's interval, negative outside: faster than comparisons
+        for layer in range(num_layers):
+            first, last = self._starts[layer, rows] - start, self._ends[layer, rows] - (start + 1)
+            depth.append(torch.minimum(keys - first.to(keys.dtype), last.to(keys.dtype) - keys))
+        return torch.threshold_(functools.reduce(torch.maximum, depth).clamp_(max=0), -0.5, -torch.inf).unsqueeze(1)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -234,7 +230,7 @@ def _mask(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 def _base_2(params: AttnParams) -> tuple[float, float]:
-    """``(factor, cap)`` of scores in base 2: ``factor * q . k``, or ``cap * tanh(factor * q . k)`` where ``cap`` is not 0."""
+    """``(factor, cap)``: a score in base 2 is ``cap * tanh(factor * q . k)``, or ``factor * q . k`` if ``cap`` is 0."""
     if params.softcap:
         return params.softmax_scale / params.softcap, params.softcap / LN2
     return params.softmax_scale / LN2, 0.0

@@ -130,7 +130,6 @@ def _cut_rows(bands: IntArray, num_rows: int, block_q: int) -> IntArray:
     borders = np.unique(np.concatenate((bands[:, Q0], bands[:, Q1], (0, num_rows))))
     block = borders // block_q
     keep = np.concatenate(([True], block[1:] > block[:-1]))
-    keep[-1] = False
     start = borders[keep]
     length = np.diff(start, append=num_rows)
     count = -(-length // block_q)

@@ -14,16 +14,21 @@ from magi_attention.planning.chunking import ChunkWork
 
 def min_heap(work: ChunkWork, cp_size: int) -> IntArray:
     """Chunks in order of falling area, each to the least loaded rank that has room (longest processing time first)."""
-    room = [work.num_chunks // cp_size] * cp_size
+    return deal_by_heap(work.areas, cp_size)
+
+
+def deal_by_heap(areas: IntArray, cp_size: int) -> IntArray:
+    """:func:`min_heap` for chunks of which only the areas are known."""
+    room = [len(areas) // cp_size] * cp_size
     heap = [(0, rank) for rank in range(cp_size)]
-    owner = [0] * work.num_chunks
-    areas = work.areas.tolist()
-    for chunk in np.argsort(-work.areas, kind="stable").tolist():
+    owner = [0] * len(areas)
+    area_of = areas.tolist()
+    for chunk in np.argsort(-areas, kind="stable").tolist():
         load, rank = heap[0]
         owner[chunk] = rank
         room[rank] -= 1
         if room[rank]:
-            heapq.heapreplace(heap, (load + areas[chunk], rank))
+            heapq.heapreplace(heap, (load + area_of[chunk], rank))
         else:
             heapq.heappop(heap)
     return np.array(owner, np.int64)

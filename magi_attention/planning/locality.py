@@ -15,7 +15,7 @@ import numpy as np
 
 from magi_attention.mask.bands import IntArray
 from magi_attention.planning.chunking import ChunkWork
-from magi_attention.planning.load_balance import min_heap, rank_areas
+from magi_attention.planning.load_balance import deal_by_heap, min_heap, rank_areas
 from magi_attention.planning.runs import GroupedRuns
 
 
@@ -23,17 +23,12 @@ def locality(work: ChunkWork, cp_size: int, tolerance: float) -> IntArray:
     """Few rows moved, with the most loaded rank at most ``1 + tolerance`` above the mean where the chunks allow it.
 
     Never worse than :func:`~magi_attention.planning.load_balance.min_heap`: where the heap's own balance lies above the
-    tolerance it is the limit instead, and where peeling can't keep the limit or moves more rows, the heap's
-    assignment is the answer.
+    tolerance it is the limit instead, and where peeling moves more rows, the heap's assignment is the answer.
     """
     heap = min_heap(work, cp_size)
     limit = max((1 + tolerance) * int(work.areas.sum()) / cp_size, int(rank_areas(work, heap, cp_size).max()))
-    # Tighter shares move more rows, but leave a fairer rest to the last rank.
-    for slack in (tolerance / 2, tolerance / 8):
-        owner = _even_out(work, _peel(work, cp_size, slack), cp_size, limit)
-        if int(rank_areas(work, owner, cp_size).max()) <= limit:
-            return owner if work.rows_moved(owner) <= work.rows_moved(heap) else heap
-    return heap
+    owner = _deal_anew(work, _even_out(work, _peel(work, cp_size, tolerance / 2), cp_size, limit), cp_size, limit)
+    return owner if work.rows_moved(owner) <= work.rows_moved(heap) else heap
 
 
 def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:
@@ -79,6 +74,29 @@ def _even_out(work: ChunkWork, owner: IntArray, cp_size: int, limit: float) -> I
             best = 0
         owner[mine[x[best]]], owner[y[best]] = owner[y[best]], worst
     return owner
+
+
+def _deal_anew(work: ChunkWork, owner: IntArray, cp_size: int, limit: float) -> IntArray:
+    """Pool the chunks of a few ranks and deal them by heap, of as few ranks as it takes to keep the limit.
+
+    Where chunks are coarse, no single swap may help. Beside the ranks above the limit, those at the other end of the
+    loads are tried, and those with many light chunks, which make areas come out. With all ranks in the pool this is
+    the heap, which keeps the limit.
+    """
+    loads = rank_areas(work, owner, cp_size)
+    if loads.max() <= limit:
+        return owner
+    lights = np.bincount(owner[work.areas < work.areas.mean() / 2], minlength=cp_size)
+    from_both_ends = np.abs(loads - np.median(loads))
+    for pooled in range(2, cp_size + 1):
+        for preference in (from_both_ends, lights):
+            ranks = np.argsort(-np.where(loads > limit, np.inf, preference), kind="stable")[:pooled]
+            chunks = np.flatnonzero(np.isin(owner, ranks))
+            dealt = owner.copy()
+            dealt[chunks] = ranks[deal_by_heap(work.areas[chunks], pooled)]
+            if rank_areas(work, dealt, cp_size).max() <= limit:
+                return dealt
+    raise AssertionError("the heap keeps the limit")
 
 
 def _rows_beyond(work: ChunkWork, needs: GroupedRuns, chunks: IntArray, ranks: IntArray) -> IntArray:

@@ -92,6 +92,14 @@ def test_any_strides() -> None:
     assert all(torch.isfinite(x.grad).all() for x in (q, k, v) if x.grad is not None)
 
 
+def test_gradients_repeat_bit_by_bit() -> None:
+    first, second = inputs(9, 9, torch.float32), inputs(9, 9, torch.float32)
+    for leaves in (first, second):
+        out, lse = attend(*leaves)
+        (out.square().sum() + lse.square().sum()).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(first, second, strict=True))
+
+
 def test_without_gradients() -> None:
     leaves = inputs(9, 9)
     out, _ = attend(*leaves)
@@ -143,6 +151,7 @@ def test_bad_ranges() -> None:
 def test_bad_type_map() -> None:
     refuse(ValueError, "attn_type_map has 1 entries", attn_type_map=CAUSAL[:1])
     refuse(ValueError, r"attn_type_map\[1\] is 4", attn_type_map=torch.tensor([0, 4]))
+    refuse(ValueError, r"attn_type_map\[0\] is -1", attn_type_map=torch.tensor([-1, 0]))
 
 
 def test_bad_options() -> None:

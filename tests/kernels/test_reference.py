@@ -49,6 +49,29 @@ def test_low_precision_keeps_the_derived_bound(name: str, dtype: torch.dtype) ->
         assert_close_to_oracle(actual, oracle, low)
 
 
+@pytest.mark.parametrize("heads_at_once", [1, 2])
+def test_heads_in_chunks(heads_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.random(builders.causal(60), heads=(6, 3))
+    monkeypatch.setattr(reference, "MAX_SCORES", heads_at_once * 2 * 60 * 60)
+    check_fp64(problem)
+
+
+def test_autocast_changes_nothing() -> None:
+    problem = Problem.random(named_masks(100)["prefix lm"], dtype=torch.float32)
+    expected = run_engine(ENGINE, problem)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run_engine(ENGINE, problem)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_scores_far_below_the_highest() -> None:
+    """Probabilities that are subnormal or 0."""
+    problem = Problem.random(builders.causal(64), head_dim=1)
+    problem.q.fill_(1.0)
+    problem.k.copy_(torch.linspace(0, -1000, 64)[:, None, None])
+    check_fp64(problem)
+
+
 @pytest.mark.parametrize("name", ["varlen causal", "holes", "prefix tree"])
 def test_parts_of_the_keys_merge(name: str) -> None:
     """Two halves of the keys, computed apart, merged, and differentiated with the global lse and delta."""

@@ -64,6 +64,13 @@ def test_documents_begin_tiles() -> None:
     assert {0, 70} <= set(schedule.q_bounds.tolist())
 
 
+def test_small_gaps_between_keys_share_tiles() -> None:
+    starts = [*range(0, 40, 5), 80]
+    mask = AttnMask.from_slices([(0, 4)] * 9, [(k, k + 2) for k in starts], "full", 4, 90)
+    schedule = check(mask, 4, 20)
+    assert schedule.key_starts.tolist() == [0, 20, 80] and schedule.key_ends.tolist() == [20, 37, 82]
+
+
 def test_survives_pickling() -> None:
     schedule = check(named_masks(50)["prefix tree"], 8, 8)
     copy = pickle.loads(pickle.dumps(schedule))
