@@ -1,11 +1,11 @@
 """The triton engine under Triton's interpreter, in a process of its own.
 
-Triton decides between compiling and interpreting when it is imported, so a process does either. Nothing is interpreted
-in the process of the tests.
+Triton decides between compiling and interpreting when it is imported, so a process does either; that of the tests
+compiles. Three mistakes of the interpreter of Triton 3.6 are mended here.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -14,56 +14,92 @@ from typing import Any
 import numpy as np
 import torch
 
+from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.triton import TritonSchedule
+
 Tensors = tuple[torch.Tensor, ...]
+
+FAR = 1 << 26  # elements from one token to the next: 33 tokens are more than 2^31 elements
+
+
+class Interpreter:
+    """The engine's functions, run in another process."""
+
+    def __init__(self, process: ProcessPoolExecutor) -> None:
+        self._process = process
+
+    def forward(self, qkv: Tensors, schedule: TritonSchedule, params: AttnParams, far: bool = False) -> Tensors:
+        """``far`` puts the tokens so far apart that offsets need 64 bits."""
+        return self._process.submit(_run, "forward", qkv, schedule, params, far).result()
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        qkv: Tensors,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        schedule: TritonSchedule,
+        params: AttnParams,
+        far: bool = False,
+    ) -> Tensors:
+        return self._process.submit(_run, "backward", (dout, *qkv, lse, delta), schedule, params, far).result()
 
 
 @contextmanager
-def interpreter() -> Iterator[Callable[..., Tensors]]:
-    """A function ``run(name, *args)`` that calls the engine's function of that name."""
+def interpreter() -> Iterator[Interpreter]:
     with ProcessPoolExecutor(1, get_context("spawn"), _start) as process:
-        yield lambda *args: process.submit(_run, *args).result()
+        yield Interpreter(process)
 
 
 def _start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    np.seterr(all="raise", under="ignore")  # a kernel that makes a NaN on its way fails
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    np.seterr(all="raise", under="ignore")  # a NaN made on the way is an error even if it goes nowhere
     _mend_interpreter()
 
 
-def _run(name: str, *args: Any) -> Tensors:
+def _run(name: str, tensors: Tensors, schedule: TritonSchedule, params: AttnParams, far: bool) -> Tensors:
     from magi_attention.kernels import triton as engine
 
-    # Results are not sent as views of shared memory, which a pipe of tensors would keep open.
-    return tuple(x.clone() for x in getattr(engine, name)(*args))
+    if far:
+        tensors = tuple(_far_apart(x) if x.ndim == 3 else x for x in tensors)
+    return getattr(engine, name)(*tensors, schedule, params)
+
+
+def _far_apart(x: torch.Tensor) -> torch.Tensor:
+    """A copy with ``FAR`` elements from token to token; only the pages that hold some are ever given out."""
+    size = (len(x) - 1) * FAR + x[0].numel()
+    far = torch.from_numpy(np.zeros(size * x.element_size(), np.uint8)).view(x.dtype)
+    return far.as_strided(x.shape, (FAR, x.shape[2], 1)).copy_(x)
 
 
 def _mend_interpreter() -> None:
-    """Mend what Triton 3.6 interprets wrongly.
-
-    Scalars are arrays of one element, which NumPy 2.4 takes for an index no more; products of bfloat16 are made from
-    their bits; and rounding to bfloat16 loses a carry.
+    """Scalars are arrays of one element, and no index in NumPy 2.4; products of bfloat16 are made from the bits as if
+    they were integers; rounding to bfloat16 loses carries.
     """
     from triton.runtime import interpreter
 
     patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
     create_dot = interpreter.InterpreterBuilder.create_dot
-    tl, handle = interpreter.tl, interpreter.TensorHandle
+    bfloat16, float32 = interpreter.tl.bfloat16, interpreter.tl.float32
 
     def mended_patch_tensor(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def mended_convert_float(x: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-        if source == tl.bfloat16 and target == tl.float32:
+        if (source, target) == (bfloat16, float32):
             return (x.astype(np.uint32) << 16).view(np.float32)
-        if source == tl.float32 and target == tl.bfloat16:
+        if (source, target) == (float32, bfloat16):
             return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy()
         return convert_float(x, source, target, rounding_mode)
 
     def mended_create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        if a.dtype == tl.bfloat16:
-            a, b = (handle(mended_convert_float(x.data, tl.bfloat16, tl.float32, None), tl.float32) for x in (a, b))
+        if a.dtype == bfloat16:
+            a, b = (
+                interpreter.TensorHandle(mended_convert_float(x.data, bfloat16, float32, None), float32) for x in (a, b)
+            )
         return create_dot(self, a, b, *args)
 
     interpreter._patch_lang_tensor = mended_patch_tensor

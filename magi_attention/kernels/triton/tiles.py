@@ -1,0 +1,138 @@
+"""What the kernels share: how a program finds its tile, loads rows, masks scores and makes them."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from magi_attention.kernels.params import AttnParams
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Rows(NamedTuple):
+    """A ``(tokens, heads, head_dim)`` tensor whose last dimension is contiguous."""
+
+    ptr: Any
+    token_stride: int
+    head_stride: int
+
+
+class Scales(NamedTuple):
+    """How scores, in units of ``log(2)``, are made of products: ``score * bounded(inner * product)``.
+
+    With softcap, ``bounded`` is ``tanh`` and ``score`` has the cap. Without, ``bounded`` is the product itself,
+    ``inner`` is not used, and ``score`` has the softmax scale. ``product`` is what gradients of products have left to
+    be multiplied by.
+    """
+
+    inner: float
+    score: float
+    product: float
+
+
+def as_rows(x: torch.Tensor) -> Rows:
+    """The tensor as kernels take it; copied if its last dimension is not contiguous."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    return Rows(x, x.stride(0), x.stride(1))
+
+
+def make_scales(params: AttnParams) -> Scales:
+    scale, cap = params.softmax_scale, params.softcap
+    return Scales(scale / cap if cap else 0.0, (cap or scale) * LOG2_E.value, scale)
+
+
+@triton.jit
+def load_tile(walk):
+    """The tile of this program: first row, end of the rows, first run, end of the runs, most intervals of a row."""
+    entry = walk.tiles + tl.program_id(0) * 5
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+
+
+@triton.jit
+def load_run(walk, run):
+    """First column, end of the full tiles, end of the columns."""
+    entry = walk.runs + run * 3
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def packed_rows(first, end, GROUP: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr):
+    """The token and the head of each row of a tile, the head of the keys, and which rows there are.
+
+    The second axis of the grid counts the heads of the keys and, within each, the parts of its group that fit a tile.
+    """
+    PARTS: tl.constexpr = (GROUP + PACKED - 1) // PACKED
+    head_kv, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    row = tl.arange(0, ROWS)
+    token, member = first + row // PACKED, part * PACKED + row % PACKED
+    return token, head_kv * GROUP + member, head_kv, (token < end) & (member < GROUP)
+
+
+@triton.jit
+def pointers(x, token, head, BLOCK_D: tl.constexpr):
+    """Where the rows of ``token`` and ``head`` are; offsets have 64 bits, tensors may have more than 2^31 elements."""
+    row = token.to(tl.int64) * x.token_stride + tl.cast(head, tl.int64) * x.head_stride
+    return x.ptr + row[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def advance(x, count):
+    """How far ``count`` tokens are."""
+    return tl.cast(count, tl.int64) * x.token_stride
+
+
+@triton.jit
+def load_rows(where, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows that are all there; 0 behind ``HEAD_DIM``."""
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def load_valid_rows(where, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """0 where a row is not ``valid``, and behind ``HEAD_DIM``."""
+    return tl.load(where, mask=valid[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def store_valid_rows(where, rows, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    tl.store(where, rows, mask=valid[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def load_interval(walk, layer, row, valid):
+    """First column and end of an interval of each row; an empty one for a row that is not ``valid``."""
+    entry = tl.cast(layer, tl.int64) * walk.num_rows + row
+    return tl.load(walk.starts + entry, mask=valid, other=0), tl.load(walk.ends + entry, mask=valid, other=0)
+
+
+@triton.jit
+def tile_mask(walk, row, valid, start, end, num_layers, column, LAYERED: tl.constexpr):
+    """Which columns each row attends, ``(rows, columns)``; ``start`` and ``end`` are its first interval."""
+    mask = (column[None, :] >= start[:, None]) & (column[None, :] < end[:, None])
+    if LAYERED:
+        for layer in range(1, num_layers):
+            start, end = load_interval(walk, layer, row, valid)
+            mask = mask | ((column[None, :] >= start[:, None]) & (column[None, :] < end[:, None]))
+    return mask
+
+
+@triton.jit
+def bounded_products(a, b, scales, SOFTCAP: tl.constexpr):
+    """``a @ b^T``; with softcap its scaled ``tanh``."""
+    products = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if SOFTCAP:
+        return tanh(products * scales.inner)
+    else:
+        return products
+
+
+@triton.jit
+def tanh(x):
+    decay = tl.exp2(-2.0 * LOG2_E * tl.abs(x))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0.0, -magnitude, magnitude)
