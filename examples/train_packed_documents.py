@@ -275,7 +275,7 @@ def main(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seqlen", type=int, default=3200, help="tokens in a step")
+    parser.add_argument("--seqlen", type=int, default=2560, help="tokens in a step")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--nproc", type=int, default=4, help="processes to start when not run by torchrun")
