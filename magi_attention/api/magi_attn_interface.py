@@ -11,6 +11,7 @@ from magi_attention.kernels.engine import choose_engine
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.validate import check_qkv
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRanges, builders
+from magi_attention.mask.integers import as_int
 from magi_attention.planning import AttnPlan, RankPlan, plan_attention
 from magi_attention.runtime.agreement import start_agreement
 from magi_attention.runtime.cache import runtimes
@@ -353,6 +354,7 @@ def _make_key(
 ) -> DistAttnRuntimeKey:
     if not isinstance(config, DistAttnConfig):
         raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {config!r}")
+    pad_size, chunk_size = as_int(pad_size, "pad_size"), as_int(chunk_size, "chunk_size")
     ranks = tuple(dist.get_process_group_ranks(group))
     key = DistAttnRuntimeKey(mask, pad_size, chunk_size, ranks, group.group_name, config)
     runtime = runtimes.find(key)

@@ -8,6 +8,7 @@ import numpy as np
 from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, area, relocate
+from magi_attention.mask.integers import as_int
 from magi_attention.planning.chunking import ChunkWork, compute_pad_size
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.load_balance import min_heap
@@ -147,7 +148,7 @@ def plan_attention(
     if total == 0:
         raise ValueError("the mask has no rows: total_seqlen_q must be at least 1")
     fitting = compute_pad_size(total, cp_size, chunk_size)
-    pad_size = fitting if pad_size is None else pad_size
+    pad_size = fitting if pad_size is None else as_int(pad_size, "pad_size")
     if pad_size < fitting or (pad_size - fitting) % (cp_size * chunk_size):
         raise ValueError(
             f"pad_size {pad_size} does not fit: total_seqlen {total} + pad_size must be a multiple of "

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -224,6 +225,17 @@ def flat_mesh(rank: int, group: dist.ProcessGroup) -> list[float]:
 
 def test_a_mesh_of_two_axes(rank_pool: RankPool) -> None:
     assert rank_pool.run(flat_mesh, 4) == [[float(n) for n in range(32)]] * 4
+
+
+def test_sizes_are_integers(local_group: dist.ProcessGroup) -> None:
+    key = magi_attn_varlen_key(CU, CU, np.int64(PAD), np.int32(CHUNK), local_group)
+    assert key.digest == magi_attn_varlen_key(CU, CU, PAD, CHUNK, local_group).digest
+    with pytest.raises(TypeError, match="pad_size must be an integer"):
+        magi_attn_varlen_key(CU, CU, None, CHUNK, local_group)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="chunk_size must be an integer"):
+        magi_attn_varlen_key(CU, CU, PAD, 4.0, local_group)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):
+        magi_attn_varlen_key(CU, CU, PAD, 0, local_group)
 
 
 def test_padding_that_does_not_fit(local_group: dist.ProcessGroup) -> None:
