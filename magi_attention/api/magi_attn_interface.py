@@ -11,15 +11,13 @@ from magi_attention.kernels.engine import choose_engine
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.validate import check_qkv
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRanges, builders
-from magi_attention.mask.integers import as_int
-from magi_attention.planning import AttnPlan, RankPlan, plan_attention
-from magi_attention.runtime.agreement import start_agreement
+from magi_attention.planning import AttnPlan, RankPlan
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.dispatch import Dispatch, Undispatch
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.groups import position_device, resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.runtime import DistAttnRuntime
+from magi_attention.runtime.make_key import make_key, ready_runtime
 
 CuSeqlens = torch.Tensor | Sequence[int]
 MaskTypes = AttnMaskType | str | Sequence[AttnMaskType | str]
@@ -64,7 +62,7 @@ def magi_attn_varlen_key(
             ``cp_group`` and ``cp_mesh`` is given, or ``plan`` was made from other arguments.
     """
     mask = builders.varlen(cu_seqlens_q, cu_seqlens_k, causal=causal)
-    return _make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
+    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
 
 
 def magi_attn_varlen_dispatch(
@@ -165,7 +163,7 @@ def magi_attn_flex_key(
                 f"{name}={value!r} is not supported: only self-attention with freely placed rows (True) is"
             )
     mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
-    return _make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
+    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
 
 
 def magi_attn_flex_dispatch(
@@ -247,7 +245,7 @@ def dispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
         ValueError: If ``x`` has another length, the key's plan was evicted, or the ranks made the key from different
             masks.
     """
-    runtime = _ready(key)
+    runtime = ready_runtime(key)
     _check_rows("x", x, runtime.plan.dispatch.total_seqlen, "global rows, without padding")
     return Dispatch.apply(x, runtime.plan.dispatch, runtime.group)
 
@@ -268,7 +266,7 @@ def undispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
         ValueError: If ``x`` has another length, the key's plan was evicted, or the ranks made the key from different
             masks.
     """
-    runtime = _ready(key)
+    runtime = ready_runtime(key)
     _check_rows("x", x, runtime.plan.dispatch.local_seqlen, "local rows")
     return Undispatch.apply(x, runtime.plan.dispatch, runtime.group)
 
@@ -298,7 +296,7 @@ def calc_attn(
         ValueError: If shapes do not fit together or to the key, the key's plan was evicted, or the ranks made the key
             from different masks.
     """
-    runtime = _ready(key)
+    runtime = ready_runtime(key)
     check_qkv(q, k, v)
     local_seqlen = runtime.plan.dispatch.local_seqlen
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -342,52 +340,6 @@ def set_plan_cache_capacity(capacity: int) -> None:
         ValueError: If ``capacity`` is less than 1.
     """
     runtimes.set_capacity(capacity)
-
-
-def _make_key(
-    mask: AttnMask,
-    pad_size: int,
-    chunk_size: int,
-    group: dist.ProcessGroup,
-    config: DistAttnConfig,
-    plan: AttnPlan | RankPlan | None,
-) -> DistAttnRuntimeKey:
-    if not isinstance(config, DistAttnConfig):
-        raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {config!r}")
-    pad_size, chunk_size = as_int(pad_size, "pad_size"), as_int(chunk_size, "chunk_size")
-    ranks = tuple(dist.get_process_group_ranks(group))
-    key = DistAttnRuntimeKey(mask, pad_size, chunk_size, ranks, group.group_name, config)
-    runtime = runtimes.find(key)
-    if runtime is None or runtime.group is not group:  # a group made anew may bear the name of one that was destroyed
-        rank = dist.get_rank(group)
-        plan = plan_attention(mask, len(ranks), chunk_size, pad_size, config) if plan is None else plan
-        rank_plan = plan.rank(rank) if isinstance(plan, AttnPlan) else plan
-        _check_plan(rank_plan, key, rank)
-        runtime = DistAttnRuntime(rank_plan, group)
-        runtimes.put(key, runtime)
-    if len(ranks) > 1:
-        runtime.agreements.append(start_agreement(key.digest, group))
-    return key
-
-
-def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, rank: int) -> None:
-    """Refuse a plan made ahead from other arguments."""
-    for name, planned, wanted in (
-        ("mask", plan.mask, key.mask),
-        ("cp_size", plan.dispatch.cp_size, key.cp_size),
-        ("rank", plan.rank, rank),
-        ("chunk_size", plan.dispatch.chunk_size, key.chunk_size),
-        ("pad_size", plan.dispatch.pad_size, key.pad_size),
-        ("config", plan.config, key.config),
-    ):
-        if planned != wanted:
-            raise ValueError(f"plan was made with {name} {planned!r}, but the key has {name} {wanted!r}")
-
-
-def _ready(key: DistAttnRuntimeKey) -> DistAttnRuntime:
-    runtime = runtimes.get(key)
-    runtime.settle_agreements()
-    return runtime
 
 
 def _check_rows(name: str, x: torch.Tensor, rows: int, what: str) -> None:

@@ -227,6 +227,11 @@ def test_a_mesh_of_two_axes(rank_pool: RankPool) -> None:
     assert rank_pool.run(flat_mesh, 4) == [[float(n) for n in range(32)]] * 4
 
 
+def test_a_plan_is_a_plan(local_group: dist.ProcessGroup) -> None:
+    with pytest.raises(TypeError, match="plan must be what plan_attention returns"):
+        magi_attn_varlen_key(CU, CU, PAD, CHUNK, local_group, plan="plan")  # type: ignore[arg-type]
+
+
 def test_sizes_are_integers(local_group: dist.ProcessGroup) -> None:
     key = magi_attn_varlen_key(CU, CU, np.int64(PAD), np.int32(CHUNK), local_group)
     assert key.digest == magi_attn_varlen_key(CU, CU, PAD, CHUNK, local_group).digest
