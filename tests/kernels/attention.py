@@ -32,6 +32,7 @@ class Problem:
         heads: tuple[int, int] = (4, 2),
         head_dim: int = 8,
         softcap: float = 0.0,
+        **options: object,
     ) -> "Problem":
         generator = torch.Generator().manual_seed(0)
         rows, keys, (heads_q, heads_kv) = mask.total_seqlen_q, mask.total_seqlen_k, heads
@@ -42,7 +43,7 @@ class Problem:
         q, dout = normal(rows, heads_q, head_dim), normal(rows, heads_q, head_dim)
         k, v = normal(keys, heads_kv, head_dim), normal(keys, heads_kv, head_dim)
         dlse = normal(heads_q, rows).to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return cls(mask, q, k, v, dout, dlse, AttnParams(head_dim**-0.5, softcap))
+        return cls(mask, q, k, v, dout, dlse, AttnParams(head_dim**-0.5, softcap), **options)
 
 
 NAMES = ("out", "lse", "dq", "dk", "dv")

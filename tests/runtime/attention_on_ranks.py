@@ -8,38 +8,17 @@ from torch import Tensor
 
 from magi_attention.api import calc_attn, compute_pad_size, dispatch, magi_attn_flex_key, undispatch
 from magi_attention.config import DistAttnConfig
-from magi_attention.mask import AttnMask
-from magi_attention.testing.dense_oracle import dense_attention
 from magi_attention.testing.rank_pool import RankPool
+
+from ..kernels import attention
 
 
 @dataclass
-class Problem:
-    """Global inputs and the gradients of the outputs."""
+class Problem(attention.Problem):
+    """Global inputs, and how they are shared among the ranks."""
 
-    mask: AttnMask
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    dlse: Tensor
     chunk_size: int = 4
     config: DistAttnConfig = DistAttnConfig()
-
-    @classmethod
-    def random(
-        cls, mask: AttnMask, dtype: torch.dtype = torch.float64, heads: tuple[int, int] = (4, 2), **options: object
-    ) -> "Problem":
-        generator = torch.Generator().manual_seed(0)
-        rows, (heads_q, heads_kv) = mask.total_seqlen_q, heads
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        q, dout = normal(rows, heads_q, 8), normal(rows, heads_q, 8)
-        k, v = normal(rows, heads_kv, 8), normal(rows, heads_kv, 8)
-        dlse = normal(heads_q, rows).to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return cls(mask, q, k, v, dout, dlse, **options)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -88,10 +67,4 @@ def attend_on_ranks(pool: RankPool, size: int, problem: Problem) -> Result:
 
 def attend_densely(problem: Problem, dtype: torch.dtype = torch.float64) -> Result:
     """The oracle, in ``dtype``."""
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v))
-    dense = torch.from_numpy(problem.mask.to_dense())
-    out, lse = dense_attention(q, k, v, dense.numpy())
-    alive = torch.isfinite(lse)
-    loss = (out * problem.dout.to(dtype)).sum() + (lse.masked_fill(~alive, 0.0) * problem.dlse.to(lse.dtype)).sum()
-    loss.backward()
-    return Result(out.detach(), lse.detach(), q.grad, k.grad, v.grad)  # type: ignore[arg-type]
+    return Result(*attention.run_dense(problem, dtype))
