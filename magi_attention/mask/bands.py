@@ -21,11 +21,6 @@ IntArray = NDArray[np.int64]
 Q0, Q1, K0, K1, LO, HI = range(6)
 
 
-def make_bands(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, lo: IntArray, hi: IntArray) -> IntArray:
-    """Stack the six columns, tight; bands without a cell are dropped."""
-    return tighten(np.stack((q0, q1, k0, k1, lo, hi), axis=1).astype(np.int64, copy=False))[0]
-
-
 def tighten(bands: IntArray) -> tuple[IntArray, IntArray]:
     """Shrink every band to the rows, keys and diagonals it uses, and drop those without a cell.
 
@@ -58,13 +53,6 @@ def _cells_up_to(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, c: IntA
         return n * (n + 1) // 2
 
     return triangle(q1 + c - k0) - triangle(q0 + c - k0) - triangle(q1 + c - k1) + triangle(q0 + c - k1)
-
-
-def is_full(bands: IntArray) -> NDArray[np.bool_]:
-    """Whether each band is the whole of its rectangle."""
-    q0, q1, k0, k1, lo, hi = bands.T
-    full: NDArray[np.bool_] = (lo <= k0 - q1 + 1) & (hi >= k1 - 1 - q0)
-    return full
 
 
 def crop(bands: IntArray, starts: IntArray, ends: IntArray, axis: int = Q0) -> tuple[IntArray, IntArray, IntArray]:

@@ -58,12 +58,6 @@ def test_tighten(raw: NDArray[np.int64]) -> None:
     assert np.array_equal(raw, before)
 
 
-@given(any_bands)
-@quick
-def test_make_bands(raw: NDArray[np.int64]) -> None:
-    assert np.array_equal(B.make_bands(*raw.T), B.tighten(raw)[0])
-
-
 @given(tight_bands)
 @quick
 def test_area_is_the_number_of_cells(tight: NDArray[np.int64]) -> None:
@@ -73,13 +67,6 @@ def test_area_is_the_number_of_cells(tight: NDArray[np.int64]) -> None:
 def test_area_of_a_million_tokens_is_exact() -> None:
     n = 1 << 20
     assert B.area(np.array([[0, n, 0, n, -n, 0]])).tolist() == [n * (n + 1) // 2]
-
-
-@given(tight_bands)
-@quick
-def test_is_full(tight: NDArray[np.int64]) -> None:
-    full = [len(cells(row)) == (row[1] - row[0]) * (row[3] - row[2]) for row in tight]
-    assert B.is_full(tight).tolist() == full
 
 
 @given(tight_bands, disjoint_runs(), st.sampled_from([B.Q0, B.K0]))
@@ -154,6 +141,6 @@ def test_merge_runs(runs: list[list[int]]) -> None:
     assert np.all(merged[:, 0] < merged[:, 1]) and np.all(merged[1:, 0] > merged[:-1, 1])
 
 
-@pytest.mark.parametrize("function", [B.area, B.is_full, lambda b: B.tighten(b)[0], lambda b: B.shift(b, 1, 1)])
+@pytest.mark.parametrize("function", [B.area, lambda b: B.tighten(b)[0], lambda b: B.shift(b, 1, 1)])
 def test_no_band_at_all(function: object) -> None:
     assert len(function(np.empty((0, 6), np.int64))) == 0  # type: ignore[operator]
