@@ -1,101 +1,179 @@
 """Engines, the implementations of attention on one device, and the rule that chooses one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import logging
+from typing import Any, Protocol
 
 import torch
 
-from magi_attention.kernels import reference
+from magi_attention.kernels import hopper, reference, triton
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.tile_schedule import TileSchedule
+from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask.bands import IntArray
 
-__all__ = ["ENGINES", "AttnParams", "Engine", "choose_engine", "explain"]
+logger = logging.getLogger("magi_attention")
 
-Forward = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, TileSchedule, AttnParams], tuple[torch.Tensor, torch.Tensor]
-]
-Backward = Callable[
-    [
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        TileSchedule,
-        AttnParams,
-    ],
-    tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-]
+State = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One implementation of attention. :mod:`magi_attention.kernels.reference` specifies the three functions.
+class Engine(Protocol):
+    """One implementation of attention: a module with these names.
 
-    Attributes:
-        name: What :func:`explain` calls it.
-        schedule: ``(bands, num_rows, num_keys)`` to the tile schedule that the other two take; made once for a mask.
-        forward: ``(q, k, v, schedule, params)`` to ``(out, lse)``.
-        backward: ``(dout, q, k, v, lse, delta, schedule, params)`` to ``(dq, dk, dv)``.
-        dtypes: The types of q, k and v that it takes.
-        device_types: The ``torch.device.type`` that it runs on; None for all.
-        max_head_dim: The largest head_dim that it takes; None for any.
+    The accumulation type is float32, or float64 for float64 inputs. Tensors that an engine makes are contiguous. A
+    query that attends nothing has ``out`` 0, ``lse`` -inf, and no part in any gradient, whatever finite ``dout`` and
+    whatever ``dlse`` there is for it.
     """
 
-    name: str
-    schedule: Callable[[IntArray, int, int], TileSchedule]
-    forward: Forward
-    backward: Backward
-    dtypes: frozenset[torch.dtype]
-    device_types: frozenset[str] | None = None
-    max_head_dim: int | None = None
+    @property
+    def name(self) -> str:
+        """What users call it."""
 
-    def refusal(self, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why the engine cannot compute such attention; None when it can."""
-        if self.device_types is not None and device_type not in self.device_types:
-            return f"does not run on {device_type}"
-        if dtype not in self.dtypes:
-            return f"does not take {dtype}"
-        if self.max_head_dim is not None and head_dim > self.max_head_dim:
-            return f"does not take a head_dim above {self.max_head_dim}"
-        return None
+    def __hash__(self) -> int:
+        """An engine is itself and no other."""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why the engine cannot compute such attention, and what it could; None when it can."""
+
+    def schedule(self, bands: IntArray, num_rows: int, num_keys: int) -> Any:
+        """Compile a mask, once for many calls.
+
+        Args:
+            bands: Bands inside ``num_rows`` x ``num_keys`` that share no cell, ``(n, 6)``.
+            num_rows: Number of queries.
+            num_keys: Number of keys.
+
+        Returns:
+            What :meth:`forward` and :meth:`backward` take; only the engine knows what it is.
+        """
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        schedule: Any,
+        params: AttnParams,
+        out_dtype: torch.dtype | None = None,
+        onto: State | None = None,
+    ) -> State:
+        """Attention of ``q`` over ``k`` and ``v``.
+
+        Args:
+            q: ``(num_rows, heads_q, head_dim)``, any strides, as for all tensors.
+            k: ``(num_keys, heads_kv, head_dim)``; ``heads_kv`` divides ``heads_q``.
+            v: Shaped as ``k``.
+            schedule: The mask of ``num_rows`` x ``num_keys`` scores.
+            params: How scores are made.
+            out_dtype: The type of ``out``; None for the accumulation type.
+            onto: The ``(out, lse)`` of the same queries over other keys, in the accumulation type and contiguous. These
+                keys are merged into it, in place, and it is returned; ``out_dtype`` must be None. What a query that
+                attends none of them has there is kept bit by bit.
+
+        Returns:
+            ``out``, shaped as ``q``, and ``lse``, the natural log-sum-exp of each query's scores, ``(heads_q,
+            num_rows)``, in the accumulation type.
+        """
+
+    def start_backward(
+        self,
+        out: torch.Tensor,
+        dout: torch.Tensor | None,
+        lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        params: AttnParams,
+    ) -> QueryGrads:
+        """What the backward pass over any part of the keys needs of the queries.
+
+        Args:
+            out: The result over all keys, in the type of ``q`` or in the accumulation type.
+            dout: The gradient of ``out``, in the type of ``q``; None where there is none.
+            lse: The log-sum-exp over all keys.
+            dlse: The gradient of ``lse``; None where there is none.
+            params: As in :meth:`forward`.
+        """
+
+    def backward(
+        self,
+        grads: QueryGrads,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        schedule: Any,
+        params: AttnParams,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the share of these keys to ``grads.dq``, in place.
+
+        Args:
+            grads: From :meth:`start_backward`.
+            q: As in :meth:`forward`.
+            k: A part of the keys, or all.
+            v: Shaped as ``k``.
+            schedule: The mask of the queries and these keys.
+            params: As in :meth:`forward`.
+            dtype: The type of the results; None for the accumulation type.
+
+        Returns:
+            ``dk`` and ``dv``, shaped as ``k``.
+        """
+
+    def finish_backward(self, grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:
+        """``dq`` in ``dtype``, after all parts of the keys; ``grads`` is not used any more."""
 
 
-ENGINES = (
-    Engine(
-        name="reference",
-        schedule=reference.schedule,
-        forward=reference.forward,
-        backward=reference.backward,
-        dtypes=frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
-    ),
-)
+ENGINES: tuple[Engine, ...] = (hopper, triton, reference)
 """All engines, the one to prefer first."""
 
 
-def choose_engine(q: torch.Tensor) -> Engine:
-    """The first engine that takes the device, dtype and head_dim of ``q``.
+def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None) -> Engine:
+    """The engine called ``name``; for None, the first of :data:`ENGINES` that :func:`explain` finds nothing against.
 
     Raises:
-        ValueError: If none does; the message has the reason of each.
+        ValueError: If no engine has the name, or it cannot compute such attention, or, for None, none is chosen; the
+            message has the reasons.
     """
+    if name is None:
+        return _default_engine(device, dtype, head_dim)
     for engine in ENGINES:
-        if engine.refusal(q.device.type, q.dtype, q.shape[-1]) is None:
+        if engine.name == name:
+            reason = engine.refusal(device, dtype, head_dim)
+            if reason is not None:
+                raise ValueError(f"engine={name!r} was asked for, but {engine.name} {reason}")
             return engine
-    raise ValueError(f"no engine for q:\n{explain(q.device.type, q.dtype, q.shape[-1])}")
+    raise ValueError(f"engine must be one of {[engine.name for engine in ENGINES]}, or None to choose, got {name!r}")
 
 
-def explain(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Which engine :func:`choose_engine` chooses for such attention and why, one line for each engine in their
-    order.
+def explain(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+    """Which engine is chosen for such attention, and why: one line for each engine, in the order of preference.
+
+    Args:
+        device: Where q, k and v are.
+        dtype: Their type.
+        head_dim: Their last dimension.
     """
     lines, chosen = [], False
     for engine in ENGINES:
-        reason = engine.refusal(device_type, dtype, head_dim)
+        reason = _objection(engine, torch.device(device), dtype, head_dim)
         if reason is None:
-            reason = "takes it too, but comes later" if chosen else "chosen"
+            reason = "would do, but comes later" if chosen else "chosen"
             chosen = True
         lines.append(f"{engine.name}: {reason}")
     return "\n".join(lines)
+
+
+@functools.cache
+def _default_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> Engine:
+    why = explain(device, dtype, head_dim)
+    for engine in ENGINES:
+        if _objection(engine, device, dtype, head_dim) is None:
+            logger.debug("attention of %s, head_dim %d, on %s:\n%s", dtype, head_dim, device, why)
+            return engine
+    raise ValueError(f"no engine is chosen for attention of {dtype}, head_dim {head_dim}, on {device}:\n{why}")
+
+
+def _objection(engine: Engine, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the engine is not chosen unasked."""
+    reason = engine.refusal(device, dtype, head_dim)
+    if reason is None and engine is reference and device.type != "cpu":
+        return 'only when asked for with engine="reference": it is made to be right, and slow on a GPU'
+    return reason

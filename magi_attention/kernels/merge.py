@@ -1,4 +1,4 @@
-"""Partial attention results over disjoint sets of keys, made one; and the row term of the backward pass."""
+"""Partial attention results over disjoint sets of keys, made one."""
 
 import torch
 
@@ -22,20 +22,3 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor, out_part: torch.Tensor, l
     weight, weight_part = (x.sub(reference).exp_().T.unsqueeze(2) for x in (lse, lse_part))
     out.mul_(weight).addcmul_(out_part, weight_part)
     lse.copy_(merged)
-
-
-def compute_delta(out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
-    """The term that a row's scores share in the backward pass: ``dscore = prob * (dout . v - delta)``.
-
-    The softmax gives ``delta = dout . out`` (FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135); a
-    gradient of the log-sum-exp, whose derivative by a score is the probability, is subtracted from it.
-
-    Args:
-        out: ``(tokens, heads, head_dim)``, any dtype.
-        dout: Gradient of ``out``.
-        dlse: Gradient of ``lse``, ``(heads, tokens)``, in the accumulation type.
-
-    Returns:
-        ``(heads, tokens)``, in the type of ``dlse``.
-    """
-    return (out.to(dlse.dtype) * dout.to(dlse.dtype)).sum(2).T - dlse

@@ -1,12 +1,14 @@
-"""AttnParams: how a score is made of a query and a key."""
+"""AttnParams: what changes how attention is computed, beside the tensors and the mask."""
 
 import math
 from dataclasses import dataclass
 
+from magi_attention.mask.integers import as_length
+
 
 @dataclass(frozen=True)
 class AttnParams:
-    """The options that change what attention computes.
+    """How a score is made of a query and a key, and how an engine may go about it.
 
     With ``x = softmax_scale * (q . k)``, the score that goes into the softmax is ``x``, or ``softcap * tanh(x /
     softcap)`` where ``softcap`` is not 0 (Gemma 2, https://arxiv.org/abs/2408.00118).
@@ -14,21 +16,27 @@ class AttnParams:
     Attributes:
         softmax_scale: Factor of the scores, positive.
         softcap: Bound of the scores' absolute value; 0 for none.
+        deterministic: Whether gradients must be equal bit by bit from run to run.
+        sm_margin: How many multiprocessors of a GPU to leave to other kernels, such as communication.
 
     Raises:
-        TypeError: If one is not a number.
+        TypeError: If one has the wrong type.
         ValueError: If one is out of bounds or not finite.
     """
 
     softmax_scale: float
     softcap: float = 0.0
+    deterministic: bool = False
+    sm_margin: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("softmax_scale", "softcap"):
-            value = getattr(self, name)
+        for name, value in (("softmax_scale", self.softmax_scale), ("softcap", self.softcap)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
         if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
             raise ValueError(f"softmax_scale must be positive and finite, got {self.softmax_scale}")
         if not (math.isfinite(self.softcap) and self.softcap >= 0):
             raise ValueError(f"softcap must be 0 (none) or positive and finite, got {self.softcap}")
+        if not isinstance(self.deterministic, bool):
+            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
+        as_length(self.sm_margin, "sm_margin")

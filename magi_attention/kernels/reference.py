@@ -18,7 +18,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
+from magi_attention.kernels.merge import merge_states
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.tile_schedule import TileSchedule, build_tile_schedule
 from magi_attention.mask.bands import IntArray
 
@@ -29,6 +31,9 @@ MAX_SCORES = 1 << 19
 
 LN2 = math.log(2)
 
+name = "reference"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -36,11 +41,17 @@ def _undisturbed(function: Function) -> Function:
     """Run without autograd, and without autocast, which would compute products in low precision."""
 
     @functools.wraps(function)
-    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+    def run(first: torch.Tensor | QueryGrads, *args: Any, **kwargs: Any) -> Any:
+        device = first.dq.device if isinstance(first, QueryGrads) else first.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return function(first, *args, **kwargs)
 
     return cast(Function, run)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See :meth:`magi_attention.kernels.engine.Engine.refusal`: any device, any head_dim."""
+    return None if dtype in DTYPES else f"takes float32, float64, bfloat16 and float16, not {dtype}"
 
 
 def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TileSchedule:
@@ -50,21 +61,16 @@ def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TileSchedule:
 
 @_undisturbed
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TileSchedule, params: AttnParams
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: TileSchedule,
+    params: AttnParams,
+    out_dtype: torch.dtype | None = None,
+    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of ``q`` over ``k`` and ``v``.
-
-    Args:
-        q: ``(num_rows, heads_q, head_dim)``.
-        k: ``(num_keys, heads_kv, head_dim)``; ``heads_kv`` divides ``heads_q``.
-        v: Shaped as ``k``.
-        schedule: The tiles of ``num_rows`` x ``num_keys`` scores.
-        params: How scores are made.
-
-    Returns:
-        ``out``, shaped as ``q``, and ``lse``, the natural log-sum-exp of each row's scores, ``(heads_q, num_rows)``.
-        Both are float32, or float64 when ``q`` is. A row that attends nothing has ``out`` 0 and ``lse`` -inf.
-    """
+    """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
+    assert onto is None or out_dtype is None
     dtype = accumulation_dtype(q.dtype)
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_zeros(q.shape, dtype=dtype)
@@ -93,56 +99,59 @@ def forward(
             # The highest score adds exp2(0) to the total: it is at least 1, or 0 where there is no key.
             out_rows[heads, rows] = out_tile.div_(total.clamp(min=1)).unflatten(1, (-1, group))
             lse_rows[heads, rows] = top.add_(total.log2_()).mul_(LN2).unflatten(1, (-1, group))
-    return out, lse
+    if onto is None:
+        return out.to(out_dtype or dtype), lse
+    merge_states(*onto, out, lse)
+    return onto
+
+
+@_undisturbed
+def start_backward(
+    out: torch.Tensor,
+    dout: torch.Tensor | None,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    params: AttnParams,
+) -> QueryGrads:
+    """See :meth:`magi_attention.kernels.engine.Engine.start_backward`; ``lse`` and ``delta`` go by base 2."""
+    dout = torch.zeros_like(out) if dout is None else dout
+    delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(2).T
+    if dlse is not None:
+        delta = delta - dlse
+    attends_nothing = lse == -torch.inf
+    return QueryGrads(
+        dout=dout.masked_fill(attends_nothing.T.unsqueeze(2), 0),
+        lse=(lse / LN2).masked_fill(attends_nothing, torch.inf),  # probabilities become exp2(score - inf) = 0
+        delta=(delta * LN2).masked_fill(attends_nothing, 0),
+        dq=out.new_zeros(out.shape, dtype=lse.dtype),
+    )
 
 
 @_undisturbed
 def backward(
-    dout: torch.Tensor,
+    grads: QueryGrads,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
     schedule: TileSchedule,
     params: AttnParams,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of :func:`forward`.
-
-    ``k``, ``v`` and ``schedule`` may be a part of the keys that ``lse`` and ``delta`` were made with; the results are
-    then that part's share of ``dq``, and its ``dk`` and ``dv``.
-
-    Args:
-        dout: Gradient of ``out``, ``(num_rows, heads_q, head_dim)``.
-        q: As in :func:`forward`.
-        k: As in :func:`forward`.
-        v: As in :func:`forward`.
-        lse: Log-sum-exp over all keys, ``(heads_q, num_rows)``. Rows where it is -inf have gradient 0, whatever
-            ``dout`` and ``delta`` hold there.
-        delta: See :func:`magi_attention.kernels.merge.compute_delta`, ``(heads_q, num_rows)``.
-        schedule: As in :func:`forward`.
-        params: As in :func:`forward`.
-
-    Returns:
-        ``dq``, ``dk`` and ``dv``, shaped as ``q``, ``k`` and ``v``; float32, or float64 when ``q`` is.
-    """
-    dtype = accumulation_dtype(q.dtype)
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :meth:`magi_attention.kernels.engine.Engine.backward`."""
+    wide = grads.dq.dtype
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
-    dq, dk, dv = q.new_zeros(q.shape, dtype=dtype), k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
-    walk = _Walk(schedule, heads_kv, group, dq)
+    dk, dv = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
+    walk = _Walk(schedule, heads_kv, group, grads.dq)
     factor, cap = _base_2(params)
-    attends_nothing = lse == -torch.inf
-    lse = (lse / LN2).masked_fill(attends_nothing, torch.inf)  # its probabilities become exp2(score - inf) = 0
-    delta = (delta * LN2).masked_fill(attends_nothing, 0)
-    q, dout, lse, delta = (_by_kv_head(x, heads_kv) for x in (q, dout, lse.T.unsqueeze(2), delta.T.unsqueeze(2)))
-    k, v, dq_rows, dk_keys, dv_keys = (_by_kv_head(x, heads_kv) for x in (k, v, dq, dk, dv))
+    by_rows = q, grads.dout, grads.lse.T.unsqueeze(2), grads.delta.T.unsqueeze(2)
+    q, dout, lse, delta = (_by_kv_head(x, heads_kv) for x in by_rows)
+    k, v, dq_rows, dk_keys, dv_keys = (_by_kv_head(x, heads_kv) for x in (k, v, grads.dq, dk, dv))
     for heads in walk.head_chunks:
-        k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
+        k_heads, v_heads = _pack(k[heads], wide), _pack(v[heads], wide)
         dk_heads, dv_heads = dk_keys[heads].squeeze(2), dv_keys[heads].squeeze(2)
         for rows, key_tiles in walk.query_tiles():
-            q_tile, dout_tile, lse_tile, delta_tile = (_pack(x[heads, rows], dtype) for x in (q, dout, lse, delta))
+            q_tile, dout_tile, lse_tile, delta_tile = (_pack(x[heads, rows], wide) for x in (q, dout, lse, delta))
             q_tile = q_tile * factor
-            dout_tile = dout_tile.masked_fill(lse_tile == torch.inf, 0)
             dout_base_2 = dout_tile * LN2  # a score in base 2 is worth LN2 natural ones
             dq_tile = torch.zeros_like(q_tile)
             for keys, bias in key_tiles:
@@ -159,8 +168,13 @@ def backward(
                     dproduct.mul_(slope)
                 dk_heads[:, keys].add_(torch.bmm(dproduct.mT, q_tile))
                 dq_tile.baddbmm_(dproduct, k_tile)
-            dq_rows[heads, rows] = dq_tile.mul_(factor).unflatten(1, (-1, group))
-    return dq, dk, dv
+            dq_rows[heads, rows] += dq_tile.mul_(factor).unflatten(1, (-1, group))
+    return dk.to(dtype or wide), dv.to(dtype or wide)
+
+
+def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:
+    """See :meth:`magi_attention.kernels.engine.Engine.finish_backward`."""
+    return grads.dq.to(dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -65,15 +65,15 @@ def build_tile_schedule(bands: IntArray, num_rows: int, num_keys: int, block_q: 
         block_q: Most rows of a query tile.
         block_k: Most keys of a key tile.
     """
-    bands, layer = _layers(tighten(bands)[0])
-    starts, ends = _intervals(bands, layer, num_rows)
+    bands, layer = split_layers(tighten(bands)[0])
+    starts, ends = layer_intervals(bands, layer, num_rows)
     q_bounds = _cut_rows(bands, num_rows, block_q)
     offsets, key_starts, key_ends, full = _key_tiles(bands, q_bounds, num_keys, block_k)
     q_bounds32, offsets32, starts32, ends32 = (x.astype(np.int32) for x in (q_bounds, offsets, key_starts, key_ends))
     return TileSchedule(num_rows, num_keys, starts, ends, q_bounds32, offsets32, starts32, ends32, full)
 
 
-def _layers(bands: IntArray) -> tuple[IntArray, IntArray]:
+def split_layers(bands: IntArray) -> tuple[IntArray, IntArray]:
     """Bands whose ``layer`` counts the intervals that their rows have before them, from tight ones.
 
     Rows are cut into segments in which the same bands live. Over a segment, bands keep their order of keys (see
@@ -102,8 +102,8 @@ def _layers(bands: IntArray) -> tuple[IntArray, IntArray]:
     return joined, count - np.maximum.accumulate(np.where(opens_segment, count, 0))
 
 
-def _intervals(bands: IntArray, layer: IntArray, num_rows: int) -> tuple[Int32Array, Int32Array]:
-    """``starts`` and ``ends`` of a schedule."""
+def layer_intervals(bands: IntArray, layer: IntArray, num_rows: int) -> tuple[Int32Array, Int32Array]:
+    """``starts`` and ``ends`` of a schedule, from what :func:`split_layers` returns."""
     num_layers = int(layer.max()) + 1 if len(layer) else 1
     # All layers on one axis, one behind the other, where bands and gaps take turns: gap, band, gap, ..., band, gap.
     begin = layer * num_rows + bands[:, Q0]
@@ -114,10 +114,15 @@ def _intervals(bands: IntArray, layer: IntArray, num_rows: int) -> tuple[Int32Ar
     parts = np.zeros((4, len(bounds) - 1), np.int32)
     parts[2] = -num_layers * num_rows  # keeps the start of a gap's rows at 0
     parts[:, 1::2] = bands[:, K0], bands[:, K1], bands[:, LO] - layer * num_rows, bands[:, HI] + 1 - layer * num_rows
-    k0, k1, lo, hi = np.repeat(parts, np.diff(bounds), axis=1)
+    k0, k1, lo, hi = parts
+    length = np.diff(bounds)
     cell = np.arange(num_layers * num_rows, dtype=np.int32)
-    shape = (num_layers, num_rows)
-    return np.maximum(k0, cell + lo).reshape(shape), np.minimum(k1, cell + hi).reshape(shape)
+    starts, ends = np.repeat(k0, length), np.repeat(k1, length)
+    if np.any(bands[:, Q1] - 1 + bands[:, LO] > bands[:, K0]):  # else no start depends on the row
+        np.maximum(starts, np.repeat(lo, length) + cell, out=starts)
+    if np.any(bands[:, Q0] + bands[:, HI] + 1 < bands[:, K1]):
+        np.minimum(ends, np.repeat(hi, length) + cell, out=ends)
+    return starts.reshape(num_layers, num_rows), ends.reshape(num_layers, num_rows)
 
 
 def _cut_rows(bands: IntArray, num_rows: int, block_q: int) -> IntArray:
@@ -137,32 +142,62 @@ def _cut_rows(bands: IntArray, num_rows: int, block_q: int) -> IntArray:
     return np.append(np.repeat(start, count) + part * np.repeat(length, count) // np.repeat(count, count), num_rows)
 
 
+@dataclass(frozen=True, eq=False)
+class ColumnRuns:
+    """Runs of columns, ascending in each group of bands, that hold the columns of the group's bands.
+
+    Attributes:
+        order: The bands, sorted by group and first column, shape ``(n,)``.
+        run: The run of each band, in that order.
+        group: The group of each run, ascending, shape ``(r,)``.
+        start: First column of each run.
+        end: One past its last column.
+    """
+
+    order: IntArray
+    run: IntArray
+    group: IntArray
+    start: IntArray
+    end: IntArray
+
+
+def column_runs(bands: IntArray, group: IntArray, num_cols: int, block: int) -> ColumnRuns:
+    """The runs of tight bands. A run ends before a gap of ``block`` columns or more.
+
+    A smaller gap cannot hold a tile of ``block`` columns, so that every such tile of a run meets a band.
+    """
+    # On one axis for all groups, a gap before each, so that runs can be found for all at once.
+    shift = group * (num_cols + block)
+    start = bands[:, K0] + shift
+    order = np.argsort(start, kind="stable")
+    start = start[order]
+    reach = np.maximum.accumulate((bands[:, K1] + shift)[order])
+    opens_run = np.ones(len(bands), bool)
+    opens_run[1:] = start[1:] >= reach[:-1] + block
+    first = np.flatnonzero(opens_run)
+    last = np.append(first[1:], len(bands))[: len(first)] - 1
+    run_shift = shift[order[first]]
+    return ColumnRuns(
+        order, np.cumsum(opens_run) - 1, group[order[first]], start[first] - run_shift, reach[last] - run_shift
+    )
+
+
 def _key_tiles(
     bands: IntArray, q_bounds: IntArray, num_keys: int, block_k: int
 ) -> tuple[IntArray, IntArray, IntArray, NDArray[np.bool_]]:
     """``offsets``, ``key_starts``, ``key_ends`` and ``full`` of a schedule.
 
     The keys of a query tile are cut into tiles from its first key on, and anew behind each gap of ``block_k`` keys or
-    more. A smaller gap cannot hold a key tile, so every key tile meets a row.
+    more.
     """
     num_tiles = len(q_bounds) - 1
     pieces, tile, _ = crop(bands, q_bounds[:-1], q_bounds[1:])
-    # On one axis for all query tiles, a gap before each, so that runs of keys can be found for all at once.
-    shift = tile * (num_keys + block_k)
-    order = np.argsort(pieces[:, K0] + shift, kind="stable")
-    pieces, tile, shift = pieces[order], tile[order], shift[order]
-    reach = np.maximum.accumulate(pieces[:, K1] + shift)
-    opens_run = np.ones(len(pieces), bool)
-    opens_run[1:] = pieces[1:, K0] + shift[1:] >= reach[:-1] + block_k
-    first = np.flatnonzero(opens_run)
-    run = np.cumsum(opens_run) - 1
-
-    run_start = pieces[first, K0]
-    run_end = reach[np.append(first[1:], len(pieces)) - 1] - shift[first] if len(first) else run_start
+    runs = column_runs(pieces, tile, num_keys, block_k)
+    pieces, run, run_start, run_end = pieces[runs.order], runs.run, runs.start, runs.end
     count = -(-(run_end - run_start) // block_k)
     key_starts = np.repeat(run_start, count) + block_k * ranges_to_indices(np.zeros_like(count), count)
     key_ends = np.minimum(key_starts + block_k, np.repeat(run_end, count))
-    key_q_tile = np.repeat(tile[first], count)
+    key_q_tile = np.repeat(runs.group, count)
     offsets = np.searchsorted(key_q_tile, np.arange(num_tiles + 1))
 
     begin = (pieces[:, K0] - run_start[run]) // block_k

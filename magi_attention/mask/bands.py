@@ -91,6 +91,13 @@ def shift(bands: IntArray, rows: IntArray | int, keys: IntArray | int) -> IntArr
     return out
 
 
+def transpose(bands: IntArray) -> IntArray:
+    """The bands with rows and keys in each other's place: ``lo <= j - i <= hi`` is ``-hi <= i - j <= -lo``."""
+    out: IntArray = bands[:, [K0, K1, Q0, Q1, HI, LO]]
+    out[:, LO:] *= -1
+    return out
+
+
 def relocate(bands: IntArray, q_runs: IntArray, k_runs: IntArray) -> IntArray:
     """The part of a mask that a buffer of rows and a buffer of keys see, in the buffers' coordinates.
 

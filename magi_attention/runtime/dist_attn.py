@@ -8,12 +8,10 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from magi_attention.comm import GroupReduce, RowExchange, group_cast, group_reduce
-from magi_attention.kernels.merge import compute_delta, merge_states
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.tile_schedule import TileSchedule
 from magi_attention.runtime.runtime import RankProgram
 
-Stage = tuple[RowExchange | None, TileSchedule, torch.Tensor, torch.Tensor]
+Stage = tuple[RowExchange | None, Any, torch.Tensor, torch.Tensor]
 
 
 def attended_stages(
@@ -24,7 +22,7 @@ def attended_stages(
     While the caller computes with one stage, the rows of the next are under way.
 
     Yields:
-        The exchange that brought the rows (None for the rank's own), the tiles to compute, keys and values.
+        The exchange that brought the rows (None for the rank's own), the engine's schedule, keys and values.
     """
     casts = (group_cast((k, v), stage.exchange, group) for stage in program.stages)
     upcoming = next(casts, None)
@@ -51,38 +49,39 @@ class DistAttn(torch.autograd.Function):
         group: dist.ProcessGroup,
         params: AttnParams,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        engine = program.engine
+        # Parts merge in the accumulation type; the only part needs no merging.
+        out_dtype = None if program.stages else q.dtype
         state: tuple[torch.Tensor, torch.Tensor] | None = None
         for _, schedule, stage_k, stage_v in attended_stages(k, v, program, group):
-            part = program.engine.forward(q, stage_k, stage_v, schedule, params)
-            if state is None:
-                state = part
-            else:
-                merge_states(*state, *part)
+            state = engine.forward(q, stage_k, stage_v, schedule, params, out_dtype, onto=state)
         assert state is not None
         out, lse = state[0].to(q.dtype), state[1]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.program, ctx.group, ctx.params = program, group, params
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        program, group = ctx.program, ctx.group
-        delta = compute_delta(out, dout, dlse)
-        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        program, group, params = ctx.program, ctx.group, ctx.params
+        engine = program.engine
+        query_grads = engine.start_backward(out, dout, lse, dlse, params)
+        dtype = None if program.stages else k.dtype  # as in the forward pass, parts are added up before rounding
+        key_grads: tuple[torch.Tensor, torch.Tensor] | None = None
         homeward: GroupReduce | None = None
         for exchange, schedule, stage_k, stage_v in attended_stages(k, v, program, group):
-            part = program.engine.backward(dout, q, stage_k, stage_v, lse, delta, schedule, ctx.params)
-            if exchange is None or grads is None:
-                grads = part
+            part = engine.backward(query_grads, q, stage_k, stage_v, schedule, params, dtype)
+            if exchange is None or key_grads is None:
+                key_grads = part
                 continue
-            grads[0].add_(part[0])
-            previous, homeward = homeward, group_reduce(part[1:], exchange, group)
+            previous, homeward = homeward, group_reduce(part, exchange, group)
             if previous is not None:
-                previous.wait(into=grads[1:])
-        assert grads is not None
+                previous.wait(into=key_grads)
+        assert key_grads is not None
         if homeward is not None:
-            homeward.wait(into=grads[1:])
-        dq, dk, dv = grads
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+            homeward.wait(into=key_grads)
+        dk, dv = key_grads
+        return engine.finish_backward(query_grads, params, q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None

@@ -65,8 +65,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
     return flex_flash_attn_func(q, k, v, RANGES, RANGES, attn_type_map=CAUSAL, softcap=3.0)
 
 
-def test_gradcheck() -> None:
-    assert torch.autograd.gradcheck(attend, inputs(9, 9))
+def loss_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor, types: torch.Tensor
+) -> torch.Tensor:
+    out, lse = flex_flash_attn_func(q, k, v, ranges, ranges, attn_type_map=types)
+    return out.square().sum() + lse.sum()
+
+
+@pytest.mark.parametrize("results", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["out", "lse", "both"])
+def test_gradcheck(results: slice) -> None:
+    assert torch.autograd.gradcheck(lambda *x: attend(*x)[results], inputs(9, 9))
 
 
 def test_no_type_map_means_full() -> None:
@@ -92,6 +100,14 @@ def test_any_strides() -> None:
     assert all(torch.isfinite(x.grad).all() for x in (q, k, v) if x.grad is not None)
 
 
+def test_options_that_change_no_result() -> None:
+    q, k, v = inputs(9, 9)
+    expected, _ = attend(q, k, v)
+    for options in (dict(engine="reference"), dict(deterministic=True, sm_margin=8), dict(max_seqlen_q=5)):
+        out, _ = flex_flash_attn_func(q, k, v, RANGES, RANGES, attn_type_map=CAUSAL, softcap=3.0, **options)
+        assert torch.equal(out, expected)
+
+
 def test_gradients_repeat_bit_by_bit() -> None:
     first, second = inputs(9, 9, torch.float32), inputs(9, 9, torch.float32)
     for leaves in (first, second):
@@ -109,20 +125,12 @@ def test_without_gradients() -> None:
         assert torch.equal(out, again) and not again.requires_grad
 
 
-def test_checkpoint() -> None:
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant: bool) -> None:
     plain, recomputed = inputs(9, 9), inputs(9, 9)
-    attend(*plain)[0].square().sum().backward()
-    checkpoint(lambda *x: attend(*x)[0], *recomputed, use_reentrant=False).square().sum().backward()
+    loss_of(*plain, RANGES, CAUSAL).backward()
+    checkpoint(loss_of, *recomputed, RANGES, CAUSAL, use_reentrant=use_reentrant).backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
-
-
-def test_ranges_that_change_in_place_are_seen() -> None:
-    q, k, v = inputs(9, 9)
-    ranges = RANGES.clone()
-    before, _ = flex_flash_attn_func(q, k, v, ranges, ranges)
-    ranges[0, 1], ranges[1, 0] = 2, 2
-    after, _ = flex_flash_attn_func(q, k, v, ranges, ranges)
-    assert not torch.equal(before, after)
 
 
 def refuse(error: type[Exception], message: str, **changes: object) -> None:
@@ -159,7 +167,13 @@ def test_bad_options() -> None:
     refuse(ValueError, "max_seqlen_k is 4, but the longest range", max_seqlen_k=4)
     refuse(ValueError, "softcap", softcap=-1.0)
     refuse(ValueError, "softmax_scale", softmax_scale=0.0)
-    refuse(ValueError, "sm_margin must be at least 0", sm_margin=-1)
+    refuse(TypeError, "softcap must be a number", softcap="1")
+    refuse(TypeError, "max_seqlen_q must be an integer", max_seqlen_q=9.5)
+    refuse(TypeError, "deterministic must be True or False", deterministic=None)
+    refuse(ValueError, "engine must be one of", engine="fast")
+    refuse(ValueError, "engine='triton' was asked for, but triton runs on GPUs", engine="triton")
+    refuse(TypeError, "engine must be a name", engine=1)
+    refuse(ValueError, "sm_margin must not be negative", sm_margin=-1)
 
 
 def test_bad_tensors() -> None:

@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,90 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.kernels import reference
-from magi_attention.kernels.merge import compute_delta, merge_states
-from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.triton import schedule
 from magi_attention.kernels.triton.triton_schedule import Walk
 from magi_attention.mask import AttnMask, builders
-from magi_attention.mask.bands import K0, crop, shift
-from magi_attention.testing.dense_oracle import dense_attention
-from magi_attention.testing.error_bound import assert_close_to_oracle
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
-from tests.kernels.triton_interpreter import Interpreter, Tensors, interpreter
+
+from .attention import Problem, check_bound, run_dense, run_engine, run_in_parts
+from .triton_interpreter import Interpreter, interpreter, run_far_apart
 
 pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
 
 
-class Problem(NamedTuple):
-    """Random inputs of one attention, forward and backward."""
-
-    mask: AttnMask
-    params: AttnParams
-    qkv: Tensors
-    dout: torch.Tensor
-    dlse: torch.Tensor
-
-
 def make_problem(
     mask: AttnMask, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, softcap: float = 0.0
 ) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        # Values that every type holds, so that a problem can be cast.
-        return torch.randn(shape, generator=generator).bfloat16().to(dtype)
-
-    heads_q, heads_kv = heads
-    rows, keys = mask.total_seqlen_q, mask.total_seqlen_k
-    q, k, v = draw(rows, heads_q, head_dim), draw(keys, heads_kv, head_dim), draw(keys, heads_kv, head_dim)
-    dlse = draw(heads_q, rows).float()
-    return Problem(mask, AttnParams(head_dim**-0.5, softcap), (q, k, v), draw(rows, heads_q, head_dim), dlse)
+    """Numbers that every type holds."""
+    return Problem.random(mask, torch.bfloat16, heads, head_dim, softcap).cast(dtype)
 
 
-def dense_results(problem: Problem, dtype: torch.dtype) -> Tensors:
-    """``out``, ``lse``, ``dq``, ``dk`` and ``dv`` by the plain formula in ``dtype``."""
-    qkv = [x.to(dtype).requires_grad_() for x in problem.qkv]
-    params = problem.params
-    out, lse = dense_attention(*qkv, problem.mask.to_dense(), params.softmax_scale, params.softcap)
-    grads = torch.autograd.grad((out, lse), qkv, (problem.dout.to(dtype), problem.dlse.to(lse.dtype)))
-    return out.detach(), lse.detach(), *grads
-
-
-def engine_results(run: Interpreter, problem: Problem, far: bool = False) -> Tensors:
-    mask, params, qkv, dout, dlse = problem
-    tiles = schedule(mask.bands, mask.total_seqlen_q, mask.total_seqlen_k)
-    out, lse = run.forward(qkv, tiles, params, far)
-    assert out.dtype == lse.dtype == torch.float32
-    delta = compute_delta(out.to(dout.dtype), dout, dlse)
-    grads = run.backward(dout, qkv, lse, delta, tiles, params, far)
-    assert all(grad.dtype == torch.float32 for grad in grads)
-    return out, lse, *grads
-
-
-def reference_results(problem: Problem) -> Tensors:
-    mask, params, qkv, dout, dlse = problem
-    tiles = reference.schedule(mask.bands, mask.total_seqlen_q, mask.total_seqlen_k)
-    out, lse = reference.forward(*qkv, tiles, params)
-    return out, lse, *reference.backward(dout, *qkv, lse, compute_delta(out, dout, dlse), tiles, params)
-
-
-def check(results: Tensors, problem: Problem, plain_dtype: torch.dtype | None = None) -> None:
-    """Hold results to the derived bound; rounded to the type of the inputs, as users get them.
-
-    In float32 the plain formula is that of the reference engine: it too has no more than a rounded log-sum-exp to make
-    the probabilities of the backward pass from, and that is most of the error.
-    """
-    dtype = problem.dout.dtype
-    oracle = dense_results(problem, torch.float64)
-    plain_dtype = plain_dtype or dtype
-    plain = reference_results(problem) if plain_dtype == torch.float32 else dense_results(problem, plain_dtype)
-    for actual, expected, low in zip(results, oracle, plain, strict=True):
-        rounded = actual if actual is results[1] else actual.to(dtype)
-        assert_close_to_oracle(rounded, expected, low)
+def check(results: list[torch.Tensor], problem: Problem, plain_dtype: torch.dtype | None = None) -> None:
+    check_bound(results, problem, run_dense(problem, plain_dtype) if plain_dtype else None)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +45,7 @@ def run() -> Iterator[Interpreter]:
 @pytest.mark.parametrize("name", sorted(named_masks(8)))
 def test_named_masks_in_float32(run: Interpreter, name: str) -> None:
     problem = make_problem(named_masks(75)[name], (4, 2), 16, torch.float32)
-    check(engine_results(run, problem), problem)
+    check(run.run(run_engine, problem), problem)
 
 
 @settings(max_examples=25, deadline=None)
@@ -114,7 +54,7 @@ def test_generated_masks(run: Interpreter, mask: AttnMask) -> None:
     # Tiles of float32 are the smallest. Where few cells are attended the plain formula in float32 can be exact by
     # chance, so that of bfloat16 is the measure here.
     problem = make_problem(mask, (2, 1), 16, torch.float32)
-    check(engine_results(run, problem), problem, torch.bfloat16)
+    check(run.run(run_engine, problem), problem, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -131,20 +71,20 @@ def test_generated_masks(run: Interpreter, mask: AttnMask) -> None:
 )
 def test_dtypes_and_head_dims(run: Interpreter, dtype: torch.dtype, head_dim: int) -> None:
     problem = make_problem(builders.sliding_window([0, 1, 40, 170], (90, 0)), (2, 1), head_dim, dtype)
-    check(engine_results(run, problem), problem)
+    check(run.run(run_engine, problem), problem)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (8, 1), (12, 2), (9, 1), (17, 1)])
 def test_grouped_heads(run: Interpreter, heads: tuple[int, int]) -> None:
     problem = make_problem(builders.causal(41), heads, 16, torch.float32)
-    check(engine_results(run, problem), problem)
+    check(run.run(run_engine, problem), problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["causal", "several intervals a row"])
 def test_softcap(run: Interpreter, name: str, dtype: torch.dtype) -> None:
     problem = make_problem(named_masks(75)[name], (2, 1), 32, dtype, softcap=0.8)
-    check(engine_results(run, problem), problem)
+    check(run.run(run_engine, problem), problem)
 
 
 @pytest.mark.parametrize("num_keys", [1, 31, 32, 33, 63, 64, 65])
@@ -152,73 +92,99 @@ def test_softcap(run: Interpreter, name: str, dtype: torch.dtype) -> None:
 def test_lengths_around_tile_edges(run: Interpreter, num_rows: int, num_keys: int) -> None:
     mask = AttnMask.from_slices([(0, num_rows)], [(0, num_keys)], "causal", num_rows, num_keys)
     problem = make_problem(mask, (1, 1), 16, torch.float32)
-    check(engine_results(run, problem), problem, torch.bfloat16)
+    check(run.run(run_engine, problem), problem, torch.bfloat16)
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 191, 193])
 def test_lengths_around_large_tile_edges(run: Interpreter, length: int) -> None:
     problem = make_problem(builders.causal(length), (1, 1), 16, torch.float16)
-    check(engine_results(run, problem), problem)
+    check(run.run(run_engine, problem), problem)
 
 
 def test_documents_of_length_one(run: Interpreter) -> None:
     problem = make_problem(builders.varlen(list(range(71))), (2, 2), 16, torch.float32)
-    results = engine_results(run, problem)
+    results = run.run(run_engine, problem)
     check(results, problem, torch.bfloat16)
-    assert torch.equal(results[0], problem.qkv[2]), "attention to one key is its value"
+    assert torch.equal(results[0], problem.v), "attention to one key is its value"
 
 
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(0, 5), (5, 0), (0, 0)])
 def test_no_rows_or_no_keys(run: Interpreter, num_rows: int, num_keys: int) -> None:
     problem = make_problem(AttnMask.from_slices([], [], "full", num_rows, num_keys), (2, 1), 16, torch.float32)
-    out, lse, *grads = engine_results(run, problem)
+    out, lse, *grads = run.run(run_engine, problem)
     assert torch.equal(out, torch.zeros(num_rows, 2, 16))
     assert torch.equal(lse, torch.full((2, num_rows), -torch.inf))
-    for grad, x in zip(grads, problem.qkv, strict=True):
+    for grad, x in zip(grads, (problem.q, problem.k, problem.v), strict=True):
         assert torch.equal(grad, torch.zeros_like(x))
 
 
 def test_what_rows_that_attend_nothing_hold_does_not_matter(run: Interpreter) -> None:
     mask = AttnMask.from_slices([(3, 40), (50, 60)], [(0, 30), (20, 60)], ["causal", "full"], 64, 60)
     problem = make_problem(mask, (2, 1), 16, torch.float32)
-    tiles = schedule(mask.bands, 64, 60)
-    out, lse = run.forward(problem.qkv, tiles, problem.params)
-    delta = compute_delta(out, problem.dout, problem.dlse)
-    expected = run.backward(problem.dout, problem.qkv, lse, delta, tiles, problem.params)
+    expected = run.run(run_engine, problem)
     empty = ~torch.from_numpy(mask.to_dense()).any(1)
     assert empty.any()
-    dout = problem.dout.masked_fill(empty[:, None, None], torch.nan)
-    actual = run.backward(dout, problem.qkv, lse, delta.masked_fill(empty, torch.nan), tiles, problem.params)
+    problem.dout[empty], problem.dlse[:, empty] = torch.nan, torch.nan
+    actual = run.run(run_engine, problem)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    assert not actual[0][empty].any()
+    assert not actual[2][empty].any()
 
 
-@pytest.mark.parametrize("name", ["causal", "sliding window", "several intervals a row"])
-def test_stages_of_keys(run: Interpreter, name: str) -> None:
-    """Each half of the keys by itself: states merged, and gradients from the log-sum-exp over all keys."""
+@pytest.mark.parametrize("bounds", [[29], [0, 40, 41]])
+@pytest.mark.parametrize("name", ["causal", "sliding window", "several intervals a row", "holes"])
+def test_parts_of_the_keys(run: Interpreter, name: str, bounds: list[int]) -> None:
     problem = make_problem(named_masks(75)[name], (4, 2), 16, torch.float32)
-    q, *kv = problem.qkv
-    stages = []
-    for start, end in ((0, 29), (29, 75)):
-        bands = crop(problem.mask.bands, np.array([start]), np.array([end]), K0)[0]
-        tiles = schedule(shift(bands, 0, -start), 75, end - start)
-        stages.append(((q, *(x[start:end] for x in kv)), tiles))
-    (out, lse), part = (run.forward(qkv, tiles, problem.params) for qkv, tiles in stages)
-    merge_states(out, lse, *part)
-    delta = compute_delta(out, problem.dout, problem.dlse)
-    first, second = (run.backward(problem.dout, qkv, lse, delta, tiles, problem.params) for qkv, tiles in stages)
-    keys = (torch.cat(pair) for pair in zip(first[1:], second[1:], strict=True))
-    check((out, lse, first[0] + second[0], *keys), problem)
+    check(run.run(run_in_parts, problem, bounds), problem)
+
+
+def merge_into(
+    engine: Engine, problem: Problem, onto: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tiles = engine.schedule(problem.mask.bands, len(problem.q), len(problem.k))
+    return engine.forward(problem.q, problem.k, problem.v, tiles, problem.params, onto=onto)
+
+
+def test_what_keys_add_nothing_to_is_kept_to_the_bit(run: Interpreter) -> None:
+    """Rows of a tile without keys, and rows without keys in a tile with some."""
+    problem = make_problem(AttnMask.from_slices([(40, 50)], [(0, 30)], "full", 96, 30), (2, 1), 16, torch.float32)
+    onto = torch.randn(96, 2, 16), torch.randn(2, 96)
+    onto[0][45:60], onto[1][:, 45:60] = 0, -torch.inf
+    out, lse = run.run(merge_into, problem, tuple(x.clone() for x in onto))
+    alone, lse_alone = run.run(run_engine, problem)[:2]
+    kept = torch.ones(96, dtype=torch.bool)
+    kept[40:50] = False
+    assert torch.equal(out[kept], onto[0][kept]) and torch.equal(lse[:, kept], onto[1][:, kept])
+    assert torch.equal(out[45:50], alone[45:50]) and torch.equal(lse[:, 45:50], lse_alone[:, 45:50])
+    weight = torch.sigmoid(lse_alone - onto[1])[:, 40:45].T.unsqueeze(2)
+    torch.testing.assert_close(out[40:45], torch.lerp(onto[0][40:45], alone[40:45], weight))
+    torch.testing.assert_close(lse[:, 40:45], torch.logaddexp(lse_alone, onto[1])[:, 40:45])
+
+
+@pytest.mark.parametrize("name", ["dout", "dlse"])
+def test_a_gradient_that_is_not_there_is_zero(run: Interpreter, name: str) -> None:
+    problem = make_problem(builders.causal(70), (2, 1), 16, torch.float32)
+    setattr(problem, name, torch.zeros_like(getattr(problem, name)))
+    expected = run.run(run_engine, problem)
+    setattr(problem, name, None)
+    assert all(torch.equal(a, b) for a, b in zip(run.run(run_engine, problem), expected, strict=True))
+
+
+def test_result_types(run: Interpreter) -> None:
+    """What is asked for in bfloat16 is what float32 gives, rounded once."""
+    problem = make_problem(builders.causal(40), (2, 1), 16, torch.bfloat16)
+    narrow, wide = run.run(run_engine, problem), run.run(run_in_parts, problem, [])
+    assert narrow[1].dtype == torch.float32
+    assert all(x.dtype == torch.bfloat16 for n, x in enumerate(narrow) if n != 1)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
 
 def test_strides(run: Interpreter) -> None:
     problem = make_problem(builders.causal(45), (4, 2), 16, torch.float32)
-    transposed = problem._replace(
-        qkv=tuple(x.movedim(2, 0).contiguous().movedim(0, 2) for x in problem.qkv),
-        dout=problem.dout.transpose(0, 1).contiguous().transpose(0, 1),
-    )
-    assert not any(x.is_contiguous() for x in (*transposed.qkv, transposed.dout))
-    for a, b in zip(engine_results(run, problem), engine_results(run, transposed), strict=True):
+    q, k, v = (x.movedim(2, 0).contiguous().movedim(0, 2) for x in (problem.q, problem.k, problem.v))
+    dout = problem.dout.transpose(0, 1).contiguous().transpose(0, 1)
+    transposed = replace(problem, q=q, k=k, v=v, dout=dout, dlse=problem.dlse.T.contiguous().T)
+    assert not any(x.is_contiguous() for x in (q, k, v, dout, transposed.dlse))
+    for a, b in zip(run.run(run_engine, problem), run.run(run_engine, transposed), strict=True):
         assert torch.equal(a, b)
 
 
@@ -229,21 +195,21 @@ def test_nothing_outside_the_tensors_is_read(run: Interpreter) -> None:
         return inner.copy_(x)
 
     problem = make_problem(builders.sliding_window([0, 7, 45], (20, 0)), (3, 1), 24, torch.float32)
-    hedged = problem._replace(qkv=tuple(among_nan(x) for x in problem.qkv), dout=among_nan(problem.dout))
-    for a, b in zip(engine_results(run, problem), engine_results(run, hedged), strict=True):
+    hedged = replace(problem, **{name: among_nan(getattr(problem, name)) for name in ("q", "k", "v", "dout")})
+    for a, b in zip(run.run(run_engine, problem), run.run(run_engine, hedged), strict=True):
         assert torch.equal(a, b)
 
 
 def test_more_than_2_to_31_elements(run: Interpreter) -> None:
     problem = make_problem(builders.causal(40), (2, 1), 256, torch.float16)
-    for near, far in zip(engine_results(run, problem), engine_results(run, problem, far=True), strict=True):
+    for near, far in zip(run.run(run_engine, problem), run.run(run_far_apart, problem), strict=True):
         assert torch.equal(near, far)
 
 
 def walked_cells(walk: Walk, num_cols: int, block_cols: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each cell is computed, and those of full tiles, when a walk is taken."""
-    tiles, runs, starts, ends = (x.numpy() for x in walk[:4])
-    computed, unmasked = (np.zeros((walk.num_rows, num_cols), np.int64) for _ in range(2))
+    tiles, runs, starts, ends = (x.numpy() for x in walk.tables[:4])
+    computed, unmasked = (np.zeros((walk.tables.num_rows, num_cols), np.int64) for _ in range(2))
     column = np.arange(num_cols)
     intervals = (column >= starts[:, :, None]) & (column < ends[:, :, None])
     for first, end, first_run, end_run, num_layers in tiles:
@@ -267,16 +233,22 @@ def test_a_walk_computes_each_cell_once(mask: AttnMask, block_rows: int, block_c
     ):
         computed, unmasked = walked_cells(walk, cells.shape[1], block_cols)
         np.testing.assert_array_equal(computed, cells)
-        rows = walk.tiles[:, :2].numpy()
+        rows, runs_of = walk.tables.tiles[:, :2].numpy(), walk.tables.tiles[:, 2:4].numpy()
+        np.testing.assert_array_equal(runs_of[:, 0] < runs_of[:, 1], np.arange(walk.num_tiles) < walk.num_busy)
         np.testing.assert_array_equal(np.sort(np.concatenate([np.arange(*r) for r in rows])), np.arange(len(cells)))
         assert (rows[:, 1] - rows[:, 0] <= block_rows).all()
         assert ((unmasked == 0) | cells).all()
+        wide = 2 * block_cols - 1  # wherever the cuts between blocks are, there is a whole block in so many columns
+        for first, end in rows:
+            for column in range(cells.shape[1] - wide + 1):
+                window = slice(first, end), slice(column, column + wide)
+                assert not cells[window].all() or unmasked[window].any(), "a full block is not found"
 
 
 def test_full_tiles_are_found_and_heavy_tiles_come_first() -> None:
     walk = schedule(builders.causal(64).bands, 64, 64).by_queries(16, 8, CPU)
-    assert walk.tiles[:, 0].tolist() == [48, 32, 16, 0]
-    assert walk.runs.tolist() == [[0, 0, 16], [0, 16, 32], [0, 32, 48], [0, 48, 64]]
+    assert walk.tables.tiles[:, 0].tolist() == [48, 32, 16, 0]
+    assert walk.tables.runs.tolist() == [[0, 0, 16], [0, 16, 32], [0, 32, 48], [0, 48, 64]]
 
 
 def test_walks_are_kept_and_not_pickled() -> None:
@@ -286,4 +258,4 @@ def test_walks_are_kept_and_not_pickled() -> None:
     assert tiles.by_queries(16, 8, CPU) is walk
     assert len(pickle.dumps(tiles)) == size
     again = pickle.loads(pickle.dumps(tiles)).by_queries(16, 8, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(again[:4], walk[:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again.tables[:4], walk.tables[:4], strict=True))

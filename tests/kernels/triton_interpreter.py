@@ -5,50 +5,44 @@ compiles. Three mistakes of the interpreter of Triton 3.6 are mended here.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
 
-from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.triton import TritonSchedule
+from magi_attention.kernels.engine import Engine
 
-Tensors = tuple[torch.Tensor, ...]
+from .attention import Problem, run_engine
 
 FAR = 1 << 26  # elements from one token to the next: 33 tokens are more than 2^31 elements
 
 
 class Interpreter:
-    """The engine's functions, run in another process."""
+    """A process in which Triton interprets."""
 
     def __init__(self, process: ProcessPoolExecutor) -> None:
         self._process = process
 
-    def forward(self, qkv: Tensors, schedule: TritonSchedule, params: AttnParams, far: bool = False) -> Tensors:
-        """``far`` puts the tokens so far apart that offsets need 64 bits."""
-        return self._process.submit(_run, "forward", qkv, schedule, params, far).result()
-
-    def backward(
-        self,
-        dout: torch.Tensor,
-        qkv: Tensors,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        schedule: TritonSchedule,
-        params: AttnParams,
-        far: bool = False,
-    ) -> Tensors:
-        return self._process.submit(_run, "backward", (dout, *qkv, lse, delta), schedule, params, far).result()
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(engine, *args)`` with the triton engine."""
+        return self._process.submit(_run, function, args).result()
 
 
 @contextmanager
 def interpreter() -> Iterator[Interpreter]:
     with ProcessPoolExecutor(1, get_context("spawn"), _start) as process:
         yield Interpreter(process)
+
+
+def run_far_apart(engine: Engine, problem: Problem) -> list[torch.Tensor]:
+    """``run_engine``, the tokens so far apart that offsets need 64 bits."""
+    far = {name: _far_apart(getattr(problem, name)) for name in ("q", "k", "v", "dout")}
+    return run_engine(engine, replace(problem, **far))
 
 
 def _start() -> None:
@@ -59,12 +53,10 @@ def _start() -> None:
     _mend_interpreter()
 
 
-def _run(name: str, tensors: Tensors, schedule: TritonSchedule, params: AttnParams, far: bool) -> Tensors:
+def _run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     from magi_attention.kernels import triton as engine
 
-    if far:
-        tensors = tuple(_far_apart(x) if x.ndim == 3 else x for x in tensors)
-    return getattr(engine, name)(*tensors, schedule, params)
+    return function(engine, *args)
 
 
 def _far_apart(x: torch.Tensor) -> torch.Tensor:

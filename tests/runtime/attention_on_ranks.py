@@ -1,6 +1,6 @@
 """Run distributed attention on the ranks of a pool, and dense attention here, on the same numbers."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,8 @@ def attend_on_rank(rank: int, group: dist.ProcessGroup, problem: Problem) -> Res
     """Dispatch, attend, undispatch, and all the way back."""
     key = make_key(problem, group)
     q, k, v = (x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
-    out, lse = calc_attn(dispatch(q, key), dispatch(k, key), dispatch(v, key), key)
+    options = asdict(problem.params)
+    out, lse = calc_attn(dispatch(q, key), dispatch(k, key), dispatch(v, key), key, **options)
     out, lse = undispatch(out, key), undispatch(lse.T.contiguous(), key).T
     alive = torch.isfinite(lse)  # the gradient of an lse of -inf says nothing
     loss = (out * problem.dout).sum() + (lse.masked_fill(~alive, 0.0) * problem.dlse).sum()
@@ -65,6 +66,6 @@ def attend_on_ranks(pool: RankPool, size: int, problem: Problem) -> Result:
     return first
 
 
-def attend_densely(problem: Problem, dtype: torch.dtype = torch.float64) -> Result:
-    """The oracle, in ``dtype``."""
-    return Result(*attention.run_dense(problem, dtype))
+def attend_densely(problem: Problem) -> Result:
+    """The oracle."""
+    return Result(*attention.run_dense(problem))

@@ -1,23 +1,49 @@
 """The triton engine: attention over a tile schedule on any GPU that Triton compiles for.
 
-It is not among :data:`magi_attention.kernels.engine.ENGINES` yet: it passes its tests under Triton's interpreter and
-compiles for sm_80 and sm_90, but has not run on a GPU.
-
-:mod:`magi_attention.kernels.reference` specifies the three functions. Triton is imported at the first call of
-:func:`forward` or :func:`backward`, not with this package.
+:class:`magi_attention.kernels.engine.Engine` specifies its functions. Triton is imported at the first call of one that
+computes, not with this package.
 
 Nothing is added up by atomic operations, so that results are equal bit by bit from run to run: ``dq`` is computed query
 tile by query tile and ``dk`` and ``dv`` key tile by key tile. The price is that both make the probabilities: seven
 matrix products for a tile of scores in the backward pass where five would do.
+
+``sm_margin`` has no effect. A program computes one tile and ends, so that a kernel of another stream gets a
+multiprocessor as soon as the next program on it does; but no multiprocessor is kept free from the start.
 """
+
+import importlib.util
 
 import torch
 
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.query_grads import QueryGrads
+from magi_attention.kernels.triton import tuning
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule
 from magi_attention.mask.bands import IntArray
 
-__all__ = ["backward", "forward", "schedule"]
+__all__ = ["backward", "finish_backward", "forward", "name", "refusal", "schedule", "start_backward"]
+
+name = "triton"
+
+DEVICE_TYPES = ("cuda", "xpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See :meth:`magi_attention.kernels.engine.Engine.refusal`."""
+    if device.type not in DEVICE_TYPES:
+        return f"runs on GPUs ({' and '.join(DEVICE_TYPES)}), not on {device.type}"
+    if dtype not in DTYPES:
+        return f"takes bfloat16, float16 and float32, not {dtype}"
+    if head_dim > tuning.MAX_HEAD_DIM:
+        return f"takes a head_dim up to {tuning.MAX_HEAD_DIM}, not {head_dim}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed: pip install magi-attention[gpu]"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "finds no CUDA device here"
+    if device.type == "cuda" and tuning.compute_capability(device) < 8:
+        return f"needs compute capability 8.0 or higher, which {torch.cuda.get_device_name(device)} has not"
+    return None
 
 
 def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TritonSchedule:
@@ -26,25 +52,67 @@ def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TritonSchedule:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TritonSchedule, params: AttnParams
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`magi_attention.kernels.reference.forward`."""
-    from magi_attention.kernels.triton.forward_kernel import launch
-
-    return launch(q, k, v, schedule, params)
-
-
-def backward(
-    dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
     schedule: TritonSchedule,
     params: AttnParams,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`magi_attention.kernels.reference.backward`."""
-    from magi_attention.kernels.triton.backward_kernels import launch
+    out_dtype: torch.dtype | None = None,
+    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
+    from magi_attention.kernels.triton.forward_kernel import launch_forward
+    from magi_attention.kernels.triton.launch import Launch
 
-    return launch(dout, q, k, v, lse, delta, schedule, params)
+    assert onto is None or out_dtype is None
+    launch = Launch.of(q, k, v, schedule, params)
+    if onto is None:
+        out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        launch_forward(launch, out, lse, merge=False)
+        return out, lse
+    launch_forward(launch, *onto, merge=True)
+    return onto
+
+
+def start_backward(
+    out: torch.Tensor,
+    dout: torch.Tensor | None,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    params: AttnParams,
+) -> QueryGrads:
+    """See :meth:`magi_attention.kernels.engine.Engine.start_backward`.
+
+    ``lse`` is in units of ``log(2)``. A query that attends nothing has infinity there, which makes its probabilities 0,
+    and 0 in ``delta``. ``dq`` is without the softmax scale until :func:`finish_backward`.
+    """
+    from magi_attention.kernels.triton.backward_kernels import launch_start
+
+    return launch_start(out, torch.zeros_like(out) if dout is None else dout, lse, dlse)
+
+
+def backward(
+    grads: QueryGrads,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: TritonSchedule,
+    params: AttnParams,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :meth:`magi_attention.kernels.engine.Engine.backward`."""
+    from magi_attention.kernels.triton.backward_kernels import launch_dkdv, launch_dq
+    from magi_attention.kernels.triton.launch import Launch
+
+    launch = Launch.of(q, k, v, schedule, params)
+    dk, dv = (torch.empty(x.shape, dtype=dtype or torch.float32, device=x.device) for x in (k, v))
+    launch_dq(launch, grads)
+    launch_dkdv(launch, grads, dk, dv)
+    return dk, dv
+
+
+def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:
+    """See :meth:`magi_attention.kernels.engine.Engine.finish_backward`."""
+    dq = torch.empty_like(grads.dq, dtype=dtype)
+    return torch.mul(grads.dq, params.softmax_scale, out=dq)

@@ -1,14 +1,15 @@
-"""The backward kernels: one for dq, query tile by query tile, and one for dk and dv, key tile by key tile.
+"""The backward kernels: one that starts, one for dq, query tile by query tile, and one for dk and dv, key tile by key
+tile.
 
-Both make the probabilities again from the log-sum-exp (Dao 2023, https://arxiv.org/abs/2307.08691).
+The last two make the probabilities again from the log-sum-exp (Dao 2023, https://arxiv.org/abs/2307.08691).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.triton import tuning
+from magi_attention.kernels.query_grads import QueryGrads
+from magi_attention.kernels.triton.launch import Launch, block_of
 from magi_attention.kernels.triton.tiles import (
     LOG2_E,
     advance,
@@ -19,72 +20,116 @@ from magi_attention.kernels.triton.tiles import (
     load_run,
     load_tile,
     load_valid_rows,
-    make_scales,
     packed_rows,
     pointers,
     store_valid_rows,
     tile_mask,
 )
-from magi_attention.kernels.triton.triton_schedule import TritonSchedule
+
+START_ROWS = 32
+"""Queries of a program of the starting kernel, which does little more than read and write memory."""
 
 
-def launch(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    schedule: TritonSchedule,
-    params: AttnParams,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`magi_attention.kernels.reference.backward`."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-    heads_kv, head_dim = k.shape[1:]
-    group = q.shape[1] // heads_kv
-    packed = tuning.packed_heads(group)
-    shapes = tuning.choose(head_dim, q.dtype, q.device)
-    inputs = *(as_rows(x) for x in (dout, q, k, v)), lse.contiguous(), delta.contiguous()
-    shared = dict(
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        SOFTCAP=params.softcap != 0,
-    )
-    shape = shapes.dq
-    walk = schedule.by_queries(shape.rows // packed, shape.cols, q.device)
-    if len(walk.tiles):
-        dq_kernel[len(walk.tiles), heads_kv * triton.cdiv(group, packed)](
-            *inputs,
+def launch_start(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None) -> QueryGrads:
+    """See :func:`magi_attention.kernels.triton.start_backward`."""
+    num_rows, heads, head_dim = out.shape
+    lse_base_2, delta = (torch.empty(heads, num_rows, dtype=torch.float32, device=out.device) for _ in range(2))
+    dq = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    lse, dout_rows = lse.contiguous(), as_rows(dout)
+    if num_rows:
+        start_kernel[triton.cdiv(num_rows, START_ROWS), heads](
+            as_rows(out),
+            dout_rows,
+            lse,
+            lse if dlse is None else dlse.contiguous(),
+            lse_base_2,
+            delta,
             as_rows(dq),
-            walk,
-            make_scales(params),
-            PACKED=packed,
-            ROWS=shape.rows,
-            COLS=shape.cols,
-            LAYERED=len(walk.starts) > 1,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-            **shared,
+            num_rows,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_of(head_dim),
+            ROWS=START_ROWS,
+            HAS_DLSE=dlse is not None,
+            num_warps=4,
         )
-    shape = shapes.dkdv
-    walk = schedule.by_keys(shape.rows, shape.cols, q.device)
-    if len(walk.tiles):
-        dkdv_kernel[len(walk.tiles), heads_kv](
-            *inputs,
+    return QueryGrads(dout_rows.ptr, lse_base_2, delta, dq)
+
+
+def launch_dq(launch: Launch, grads: QueryGrads) -> None:
+    """Add the share of the keys to ``grads.dq``, without the softmax scale."""
+    shape = launch.shapes.dq
+    walk = launch.by_queries(shape)
+    if walk.num_busy:
+        dq_kernel[walk.num_busy, launch.query_programs](
+            as_rows(grads.dout),
+            launch.q,
+            launch.k,
+            launch.v,
+            grads.lse,
+            grads.delta,
+            as_rows(grads.dq),
+            walk.tables,
+            launch.scales,
+            PACKED=launch.packed,
+            **launch.options(shape, walk),
+        )
+
+
+def launch_dkdv(launch: Launch, grads: QueryGrads, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    """Write ``dk`` and ``dv``."""
+    shape = launch.shapes.dkdv
+    walk = launch.by_keys(shape)
+    if walk.num_tiles:
+        dkdv_kernel[walk.num_tiles, launch.heads_kv](
+            as_rows(grads.dout),
+            launch.q,
+            launch.k,
+            launch.v,
+            grads.lse,
+            grads.delta,
             as_rows(dk),
             as_rows(dv),
-            walk,
-            make_scales(params),
-            num_queries=len(q),
-            ROWS=shape.rows,
-            COLS=shape.cols,
-            LAYERED=len(walk.starts) > 1,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-            **shared,
+            walk.tables,
+            launch.scales,
+            num_queries=launch.schedule.num_rows,
+            **launch.options(shape, walk),
         )
-    return dq, dk, dv
+
+
+@triton.jit
+def start_kernel(
+    out,
+    dout,
+    lse,
+    dlse,
+    lse_base_2,
+    delta,
+    dq,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """Make the row terms of some queries and one head, and clear their ``dq``.
+
+    A query that attends nothing must not let its gradients, which may be NaN, into any sum.
+    """
+    head = tl.program_id(1)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = token < num_rows
+    entry = tl.cast(head, tl.int64) * num_rows + token
+    row_lse = tl.load(lse + entry, mask=valid, other=float("-inf"))
+    attends = row_lse != float("-inf")
+    out_tile = load_valid_rows(pointers(out, token, head, BLOCK_D), attends, HEAD_DIM, BLOCK_D).to(tl.float32)
+    dout_tile = load_valid_rows(pointers(dout, token, head, BLOCK_D), attends, HEAD_DIM, BLOCK_D).to(tl.float32)
+    row_delta = tl.sum(out_tile * dout_tile, 1)
+    if HAS_DLSE:
+        row_delta -= tl.load(dlse + entry, mask=attends, other=0.0)
+    tl.store(lse_base_2 + entry, tl.where(attends, row_lse * LOG2_E, float("inf")), mask=valid)
+    tl.store(delta + entry, row_delta, mask=valid)
+    zeros = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    store_valid_rows(pointers(dq, token, head, BLOCK_D), zeros, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -116,7 +161,8 @@ def dq_kernel(
     column = tl.arange(0, COLS)
     k_pointers, v_pointers = pointers(k, column, head_kv, BLOCK_D), pointers(v, column, head_kv, BLOCK_D)
 
-    dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dq_pointers = pointers(dq, token, head, BLOCK_D)
+    dq_tile = load_valid_rows(dq_pointers, valid, HEAD_DIM, BLOCK_D)
     for run in range(first_run, end_run):
         run_start, full_end, run_end = load_run(walk, run)
         for start in range(run_start, full_end, COLS):
@@ -137,7 +183,7 @@ def dq_kernel(
             dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
             dproducts = product_gradients(products, probs, dprobs - row_delta[:, None], SOFTCAP)
             dq_tile = tl.dot(dproducts.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
-    store_valid_rows(pointers(dq, token, head, BLOCK_D), dq_tile * scales.product, valid, HEAD_DIM, BLOCK_D)
+    store_valid_rows(dq_pointers, dq_tile, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -183,7 +229,7 @@ def dkdv_kernel(
                 q_tile = load_rows(q_pointers + advance(q, start), HEAD_DIM, BLOCK_D)
                 dout_tile = load_rows(dout_pointers + advance(dout, start), HEAD_DIM, BLOCK_D)
                 products = bounded_products(k_tile, q_tile, scales, SOFTCAP)
-                probs = tl.exp2(products * scales.score - tl.load(head_lse + start + column)[None, :] * LOG2_E)
+                probs = tl.exp2(products * scales.score - tl.load(head_lse + start + column)[None, :])
                 dv_tile = tl.dot(probs.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
                 dprobs = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
                 dproducts = product_gradients(
@@ -210,13 +256,11 @@ def dkdv_kernel(
 def load_row_terms(lse, delta, entry, valid):
     """Log-sum-exp in units of ``log(2)`` and delta of queries, and which queries attend anything at all.
 
-    A query that attends nothing is in no full tile, and in a partial tile the mask leaves it out; but its gradient and
-    its delta, which may be NaN, must not be multiplied by its probabilities.
+    A query that attends nothing is in no full tile, and in a partial tile its probabilities are 0; but its gradient,
+    which may be NaN, must not be multiplied by them.
     """
-    row_lse = tl.load(lse + entry, mask=valid, other=0.0)
-    attends = valid & (row_lse != float("-inf"))
-    row_delta = tl.load(delta + entry, mask=attends, other=0.0)
-    return row_lse * LOG2_E, row_delta, attends
+    row_lse = tl.load(lse + entry, mask=valid, other=float("inf"))
+    return row_lse, tl.load(delta + entry, mask=valid, other=0.0), row_lse != float("inf")
 
 
 @triton.jit

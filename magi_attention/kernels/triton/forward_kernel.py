@@ -7,8 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.triton import tuning
+from magi_attention.kernels.triton.launch import Launch
 from magi_attention.kernels.triton.tiles import (
     LOG2_E,
     advance,
@@ -19,47 +18,33 @@ from magi_attention.kernels.triton.tiles import (
     load_run,
     load_tile,
     load_valid_rows,
-    make_scales,
     packed_rows,
     pointers,
     store_valid_rows,
     tile_mask,
 )
-from magi_attention.kernels.triton.triton_schedule import TritonSchedule
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TritonSchedule, params: AttnParams
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`magi_attention.kernels.reference.forward`."""
-    num_rows, heads_q, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty(heads_q, num_rows, dtype=torch.float32, device=q.device)
-    shape = tuning.choose(head_dim, q.dtype, q.device).forward
-    group = heads_q // k.shape[1]
-    packed = tuning.packed_heads(group)
-    walk = schedule.by_queries(shape.rows // packed, shape.cols, q.device)
-    grid = len(walk.tiles), k.shape[1] * triton.cdiv(group, packed)
-    if len(walk.tiles):
-        forward_kernel[grid](
-            *(as_rows(x) for x in (q, k, v, out)),
+def launch_forward(launch: Launch, out: torch.Tensor, lse: torch.Tensor, merge: bool) -> None:
+    """Write ``out`` and ``lse``, or merge into what they hold."""
+    shape = launch.shapes.forward
+    walk = launch.by_queries(shape)
+    num_tiles = walk.num_busy if merge else walk.num_tiles
+    if num_tiles:
+        forward_kernel[num_tiles, launch.query_programs](
+            launch.q,
+            launch.k,
+            launch.v,
+            as_rows(out),
             lse,
-            walk,
-            make_scales(params),
-            GROUP=group,
-            PACKED=packed,
-            HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            ROWS=shape.rows,
-            COLS=shape.cols,
-            SOFTCAP=params.softcap != 0,
-            LAYERED=len(walk.starts) > 1,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            walk.tables,
+            launch.scales,
+            PACKED=launch.packed,
+            MERGE=merge,
+            **launch.options(shape, walk),
         )
-    return out, lse
 
 
 @triton.jit
@@ -79,6 +64,7 @@ def forward_kernel(
     COLS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LAYERED: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
     first, end, first_run, end_run, num_layers = load_tile(walk)
     token, head, head_kv, valid = packed_rows(first, end, GROUP, PACKED, ROWS)
@@ -86,10 +72,20 @@ def forward_kernel(
     interval_start, interval_end = load_interval(walk, 0, token, valid)
     column = tl.arange(0, COLS)
     k_pointers, v_pointers = pointers(k, column, head_kv, BLOCK_D), pointers(v, column, head_kv, BLOCK_D)
+    out_pointers = pointers(out, token, head, BLOCK_D)
+    lse_pointers = lse + head.to(tl.int64) * walk.num_rows + token
 
     top = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    if MERGE:
+        # A softmax over other keys goes on where it ended: its total is 1 when its highest score is its log-sum-exp.
+        earlier_lse = tl.load(lse_pointers, mask=valid, other=float("-inf"))
+        attended = earlier_lse != float("-inf")
+        top = tl.where(attended, earlier_lse * LOG2_E, LOWEST)
+        total = tl.where(attended, 1.0, 0.0)
+        out_tile = load_valid_rows(out_pointers, attended, HEAD_DIM, BLOCK_D)
+    earlier_top, earlier_total = top, total
     for run in range(first_run, end_run):
         run_start, full_end, run_end = load_run(walk, run)
         for start in range(run_start, full_end, COLS):
@@ -107,10 +103,12 @@ def forward_kernel(
             out_tile, total, top = softmax_step(products, v_tile, out_tile, total, top, scales)
 
     attends = total > 0.0
+    if MERGE:  # what these keys add nothing to stays as it is, to the bit
+        valid = valid & ((top != earlier_top) | (total != earlier_total))
     total = tl.where(attends, total, 1.0)
-    store_valid_rows(pointers(out, token, head, BLOCK_D), out_tile / total[:, None], valid, HEAD_DIM, BLOCK_D)
+    store_valid_rows(out_pointers, out_tile / total[:, None], valid, HEAD_DIM, BLOCK_D)
     row_lse = tl.where(attends, (top + tl.log2(total)) / LOG2_E, float("-inf"))
-    tl.store(lse + head.to(tl.int64) * walk.num_rows + token, row_lse, mask=valid)
+    tl.store(lse_pointers, row_lse, mask=valid)
 
 
 @triton.jit

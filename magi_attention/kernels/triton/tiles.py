@@ -100,7 +100,9 @@ def load_valid_rows(where, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def store_valid_rows(where, rows, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    tl.store(where, rows, mask=valid[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM))
+    """Store the rows that are ``valid``, in the type of the tensor."""
+    mask = valid[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(where, rows.to(where.dtype.element_ty), mask=mask)
 
 
 @triton.jit

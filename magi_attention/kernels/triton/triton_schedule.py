@@ -7,22 +7,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magi_attention.kernels.tile_schedule import TileSchedule, build_tile_schedule
-from magi_attention.mask.bands import HI, K0, K1, LO, Q0, Q1, IntArray
+from magi_attention.kernels.tile_schedule import _cut_rows, column_runs, layer_intervals, split_layers
+from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten, transpose
 
 
-class Walk(NamedTuple):
-    """A tile schedule on a device, in the order and the form in which a kernel reads it.
+class Tables(NamedTuple):
+    """What a kernel reads of a walk, on a device. Rows are queries and columns keys, or the other way round.
 
     Of each row tile, one program computes the *runs*, stretches of columns that first have full tiles and then partial
-    ones. Rows are queries and columns keys, or, in a walk over the transposed mask, the other way round.
+    ones. Of a partial one, a row attends the columns in ``[starts[l], ends[l])`` of any layer ``l``.
 
     Attributes:
         tiles: int32 ``(num_tiles, 5)``, most columns first: first row, end of the rows, first run, end of the runs,
             most intervals of a row.
         runs: int32 ``(num_runs, 3)``: first column, end of the full tiles, end of the columns.
-        starts: int32 ``(num_layers, num_rows)``, as in the tile schedule.
-        ends: The same.
+        starts: int32 ``(num_layers, num_rows)``: first column of each row's ``l``-th interval.
+        ends: The same of one past its last column; empty intervals behind a row's last one.
         num_rows: Number of rows.
     """
 
@@ -31,6 +31,23 @@ class Walk(NamedTuple):
     starts: Any
     ends: Any
     num_rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """The tiles of a mask in the order and the form in which a kernel computes them.
+
+    Attributes:
+        tables: What the kernel reads.
+        num_tiles: Number of row tiles.
+        num_busy: How many of them have columns; these come first.
+        layered: Whether a row has more than one interval.
+    """
+
+    tables: Tables
+    num_tiles: int
+    num_busy: int
+    layered: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,49 +76,86 @@ class TritonSchedule:
         if name not in self._walks:
             bands, shape = self.bands, (self.num_rows, self.num_keys)
             if transposed:
-                bands, shape = _transpose(bands), shape[::-1]
-            tiles = build_tile_schedule(bands, *shape, block_rows, block_cols)
-            self._walks[name] = _to_device(tiles, block_cols, device)
+                bands, shape = transpose(bands), shape[::-1]
+            self._walks[name] = _make_walk(bands, *shape, block_rows, block_cols, device)
         return self._walks[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TritonSchedule, (self.bands, self.num_rows, self.num_keys)
 
 
-def _transpose(bands: IntArray) -> IntArray:
-    """The bands with rows and keys in each other's place: ``lo <= j - i <= hi`` is ``-hi <= i - j <= -lo``."""
-    out: IntArray = bands[:, [K0, K1, Q0, Q1, HI, LO]]
-    out[:, LO:] *= -1
-    return out
-
-
-def _to_device(schedule: TileSchedule, block_cols: int, device: torch.device) -> Walk:
-    runs, offsets = _runs(schedule, block_cols)
-    weight = np.diff(schedule.offsets)
-    in_use = np.logical_or.reduceat(schedule.ends > schedule.starts, schedule.q_bounds[:-1], axis=1)
-    columns = schedule.q_bounds[:-1], schedule.q_bounds[1:], offsets[:-1], offsets[1:], in_use.sum(0)
+def _make_walk(
+    bands: IntArray, num_rows: int, num_cols: int, block_rows: int, block_cols: int, device: torch.device
+) -> Walk:
+    bands, layer = split_layers(tighten(bands)[0])
+    starts, ends = layer_intervals(bands, layer, num_rows)
+    bounds = _cut_rows(bands, num_rows, block_rows)
+    runs, run_tile = _runs(bands, bounds, num_cols, block_cols)
+    num_tiles = len(bounds) - 1
+    offsets = np.searchsorted(run_tile, np.arange(num_tiles + 1))
+    steps = np.bincount(run_tile, -(-(runs[:, 2] - runs[:, 0]) // block_cols), num_tiles)
+    in_use = np.logical_or.reduceat(ends > starts, bounds[:-1], axis=1)
+    columns = bounds[:-1], bounds[1:], offsets[:-1], offsets[1:], in_use.sum(0)
     # Programs start in the order of tiles: the longest first, so that none is left to run alone (Graham 1969).
-    tiles = np.stack(columns, axis=1)[np.argsort(-weight, kind="stable")]
-    copies = [_copy(x, device) for x in (tiles, runs, schedule.starts, schedule.ends)]
-    return Walk(copies[0], copies[1], copies[2], copies[3], schedule.num_rows)
+    tiles = np.stack(columns, axis=1)[np.argsort(-steps, kind="stable")]
+    tables = Tables(_copy(tiles, device), _copy(runs, device), _copy(starts, device), _copy(ends, device), num_rows)
+    return Walk(tables, num_tiles, int(np.count_nonzero(steps)), len(starts) > 1)
 
 
-def _runs(schedule: TileSchedule, block_cols: int) -> tuple[IntArray, IntArray]:
-    """The ``runs`` of a walk, and where those of each tile begin; one more entry for their number.
+def _runs(bands: IntArray, bounds: IntArray, num_cols: int, block: int) -> tuple[IntArray, IntArray]:
+    """The ``runs`` of row tiles, and the tile of each.
 
-    A full tile that is not as wide as a kernel's tile counts as a partial one: something must mask its rest.
+    A stretch of columns is cut into blocks from its first column on. The blocks that all rows of the tile attend are
+    full ones. A run begins where full blocks follow partial ones, and at the first block of a stretch.
     """
-    whole = schedule.full & (schedule.key_ends - schedule.key_starts == block_cols)
-    num_key_tiles = len(whole)
-    opens_run = np.ones(num_key_tiles, np.bool_)
-    opens_run[1:] = (schedule.key_starts[1:] != schedule.key_ends[:-1]) | (whole[1:] & ~whole[:-1])
-    opens_run[schedule.offsets[schedule.offsets < num_key_tiles]] = True
-    first = np.flatnonzero(opens_run)
-    last = np.append(first[1:], num_key_tiles)[: len(first)] - 1
-    num_whole = np.diff(np.concatenate(([0], np.cumsum(whole)))[np.append(first, num_key_tiles)])
-    start = schedule.key_starts[first]
-    runs = np.stack((start, start + block_cols * num_whole, schedule.key_ends[last]), axis=1)
-    return runs, np.searchsorted(first, schedule.offsets)
+    pieces, tile, _ = crop(bands, bounds[:-1], bounds[1:])
+    stretch = column_runs(pieces, tile, num_cols, block)
+    full_tile, full_start, full_end = _full_columns(pieces, tile, np.diff(bounds), num_cols)
+
+    # On one axis for all tiles, to find the stretch of each interval of full columns.
+    pitch = num_cols + 1
+    source = np.searchsorted(stretch.group * pitch + stretch.start, full_tile * pitch + full_start, side="right") - 1
+    origin = stretch.start[source]
+    first, last = -((origin - full_start) // block), (full_end - origin) // block
+    keep = first < last
+    source, full_start, full_end = source[keep], (origin + first * block)[keep], (origin + last * block)[keep]
+
+    starts_full = np.zeros(len(stretch.start), np.bool_)
+    starts_full[source[full_start == stretch.start[source]]] = True
+    partial = np.flatnonzero(~starts_full)
+    source = np.concatenate((source, partial))
+    run_start = np.concatenate((full_start, stretch.start[partial]))
+    run_full_end = np.concatenate((full_end, stretch.start[partial]))
+    order = np.lexsort((run_start, source))
+    source, run_start, run_full_end = source[order], run_start[order], run_full_end[order]
+    run_end = stretch.end[source]
+    goes_on = np.flatnonzero(source[1:] == source[:-1])
+    run_end[goes_on] = run_start[goes_on + 1]
+    return np.stack((run_start, run_full_end, run_end), axis=1), stretch.group[source]
+
+
+def _full_columns(
+    pieces: IntArray, tile: IntArray, num_rows: IntArray, num_cols: int
+) -> tuple[IntArray, IntArray, IntArray]:
+    """The intervals of columns that every row of a tile attends: tile, start and end, ascending.
+
+    Pieces share no cell, so a column is one if the pieces that attend it in each of their rows have as many rows as the
+    tile. No column is missed for being attended by one piece in some rows and by another in the rest: of pieces with
+    the same rows one is before the other in each row, and intervals only move forward from row to row.
+    """
+    seen_from = row_intervals(pieces, pieces[:, Q1] - 1)[0]
+    seen_to = row_intervals(pieces, pieces[:, Q0])[1]
+    keep = seen_from < seen_to
+    rows, tile = (pieces[:, Q1] - pieces[:, Q0])[keep], tile[keep]
+    pitch = num_cols + 1
+    position = np.concatenate((tile * pitch + seen_from[keep], tile * pitch + seen_to[keep]))
+    position, event = np.unique(position, return_inverse=True)
+    rows_from = np.cumsum(np.bincount(event, np.concatenate((rows, -rows)), len(position)))
+    at = position // pitch
+    is_full = np.append(rows_from == num_rows[at], False)
+    begins = np.flatnonzero(is_full[:-1] & ~np.concatenate(([False], is_full[:-2])))
+    stops = np.flatnonzero(~is_full[1:] & is_full[:-1]) + 1
+    return at[begins], position[begins] % pitch, position[stops] % pitch
 
 
 def _copy(x: NDArray[Any], device: torch.device) -> torch.Tensor:

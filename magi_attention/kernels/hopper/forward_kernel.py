@@ -1,0 +1,392 @@
+"""The forward kernel for Hopper: persistent programs that walk the windows of a schedule.
+
+A program has two consumers, warp groups that own 64 rows of scores each, and one producer, a warp that feeds them tiles
+of q, k and v by bulk copies. A consumer issues the q k^T of a tile together with the p v of the tile before, and makes
+the one's softmax while the tensor cores are at the other (Shah et al. 2024, FlashAttention-3,
+https://arxiv.org/abs/2407.08608); the other consumer fills what gaps are left.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from magi_attention.kernels.hopper.gluon_compat import load_tile
+from magi_attention.kernels.hopper.pipeline import (
+    LN2,
+    LOG2_E,
+    ROW_BEGINS_INSIDE,
+    ROW_ENDS_INSIDE,
+    columns_before,
+    exp2,
+    load_entry,
+    load_intervals,
+    load_item,
+    load_rows,
+    make_ring,
+    store_rows,
+    tanh,
+)
+
+ROWS = gl.constexpr(64)  # of a consumer
+
+
+@gluon.jit
+def produce(q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP: gl.constexpr, PACK: gl.constexpr):
+    BLOCK_K: gl.constexpr = k_desc.block_type.shape[0]
+    Q_STAGES: gl.constexpr = q_ring.full.shape[0]
+    STAGES: gl.constexpr = k_ring.full.shape[0]
+    turn = 0
+    tile = 0
+    # Everything is read one step ahead, so that nothing waits for it.
+    item = load_item(walk, 0)
+    after = load_item(walk, 1)
+    first_col, first_run, _ = load_entry(walk, item.entry)
+    while item.index < walk.num_items:
+        col, run = first_col, first_run
+        first_col, first_run, _ = load_entry(walk, after.entry)
+        row, head, entry = item.row, item.head * PACK, item.entry
+        left = gl.maximum(item.tiles, 1)  # rows that attend nothing have a tile, too
+        item = after
+        after = load_item(walk, turn + 2)
+        head_kv = head // GROUP
+        stage = turn % Q_STAGES
+        q_full = q_ring.full.index(stage)
+        mbarrier.wait(q_ring.empty.index(stage), ((turn // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
+        for consumer in gl.static_range(2):
+            if PACK == 2:
+                load_tile(q_desc, [row, head + consumer, 0], q_full, q_ring.tiles.index(stage * 2 + consumer))
+            else:
+                load_tile(q_desc, [row + consumer * ROWS, head, 0], q_full, q_ring.tiles.index(stage * 2 + consumer))
+        while left > 0:
+            left -= run
+            entry += 1
+            next_col, next_run, _ = load_entry(walk, entry)
+            for _ in range(run):
+                stage = tile % STAGES
+                free = ((tile // STAGES) & 1) ^ 1
+                mbarrier.wait(k_ring.empty.index(stage), free)
+                mbarrier.expect(k_ring.full.index(stage), k_desc.block_type.nbytes)
+                load_tile(k_desc, [col, head_kv, 0], k_ring.full.index(stage), k_ring.tiles.index(stage))
+                mbarrier.wait(v_ring.empty.index(stage), free)
+                mbarrier.expect(v_ring.full.index(stage), v_desc.block_type.nbytes)
+                load_tile(v_desc, [col, head_kv, 0], v_ring.full.index(stage), v_ring.tiles.index(stage))
+                col -= BLOCK_K
+                tile += 1
+            col, run = next_col, next_run
+        turn += 1
+
+
+class Out(NamedTuple):
+    """Where results go."""
+
+    rows: Any
+    lse: Any
+    lse_stride: int
+
+
+@gluon.jit
+def row_sums(p):
+    """Sums inside each thread only, ``(rows, 4)``; the four threads of a row are summed once, after the loop."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def finish(
+    acc,
+    top,
+    total,
+    out,
+    out_desc,
+    buffer,
+    row,
+    head,
+    live,
+    scale,
+    HEAD_DIM: gl.constexpr,
+    MERGE: gl.constexpr,
+    rows: gl.constexpr,
+):
+    """Normalise the sums of an item and store them; ``live`` of its rows exist."""
+    acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    total = gl.convert_layout(gl.sum(total, 1), rows)
+    dead = total == 0.0
+    lse = gl.where(dead, float("-inf"), (top * scale + gl.log2(total)) * LN2)
+    weight = gl.where(dead, 0.0, 1.0 / total)
+    token = gl.arange(0, ROWS, layout=rows)
+    lse_ptr = out.lse + gl.cast(head, gl.int64) * out.lse_stride + row + token
+    if MERGE:
+        before = gl.load(lse_ptr, mask=token < live, other=float("-inf"))
+        high = gl.maximum(before, lse)
+        high = gl.where(high == float("-inf"), 0.0, high)
+        merged = high + gl.log2(exp2((before - high) * LOG2_E) + exp2((lse - high) * LOG2_E)) * LN2
+        reference = gl.where(merged == float("-inf"), 0.0, merged)
+        weight *= exp2((lse - reference) * LOG2_E)
+        weight_before = exp2((before - reference) * LOG2_E)
+        lse = merged
+    gl.store(lse_ptr, lse, mask=token < live)
+    result = acc * gl.convert_layout(weight, acc_rows)[:, None]
+    if MERGE:
+        before = load_rows(acc, out.rows, row, head, live, HEAD_DIM)
+        result += before * gl.convert_layout(weight_before, acc_rows)[:, None]
+    store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM)
+
+
+@gluon.jit
+def multiply_keys(q_tile, k_ring, tile, layout: gl.constexpr):
+    """Start q k^T of the ``tile``-th tile as soon as it is there."""
+    BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
+    D: gl.constexpr = k_ring.tiles.shape[3]
+    STAGES: gl.constexpr = k_ring.full.shape[0]
+    mbarrier.wait(k_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
+    k_tile = k_ring.tiles.index(tile % STAGES).reshape([BLOCK_K, D])
+    zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, layout)
+    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def multiply_values(p, v_ring, tile, acc):
+    """Start p v of the ``tile``-th tile as soon as it is there."""
+    BLOCK_K: gl.constexpr = v_ring.tiles.shape[1]
+    D: gl.constexpr = v_ring.tiles.shape[3]
+    STAGES: gl.constexpr = v_ring.full.shape[0]
+    mbarrier.wait(v_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
+    return warpgroup_mma(p, v_ring.tiles.index(tile % STAGES).reshape([BLOCK_K, D]), acc, is_async=True)
+
+
+@gluon.jit
+def bounded(s, scales, SOFTCAP: gl.constexpr):
+    return tanh(s * scales.inner) if SOFTCAP else s
+
+
+@gluon.jit
+def masked(s, starts, ends, flags):
+    """-inf where a row does not attend a column of the tile."""
+    if (flags & ROW_ENDS_INSIDE) != 0:
+        s = gl.where(columns_before(s, ends), s, float("-inf"))
+    if (flags & ROW_BEGINS_INSIDE) != 0:
+        s = gl.where(columns_before(s, starts), float("-inf"), s)
+    return s
+
+
+@gluon.jit
+def next_tile(
+    acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
+    MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """The scores of the tile behind the ``tile``-th, and the ``tile``-th one's part of the output."""
+    STAGES: gl.constexpr = k_ring.full.shape[0]
+    s_layout: gl.constexpr = top.type.layout.parent
+    scale = scales.score
+    s_next = multiply_keys(q_tile, k_ring, tile + 1, s_layout)
+    acc_next = multiply_values(p, v_ring, tile, acc)
+    s = warpgroup_mma_wait(1, deps=[s_next])
+    mbarrier.arrive(k_ring.empty.index((tile + 1) % STAGES), count=1)
+    s = bounded(s, scales, SOFTCAP)
+    if MASKED:
+        s = masked(s, starts - col, ends - col, code & 3)
+    new_top = gl.maximum(top, gl.max(s, 1))
+    safe_top = new_top
+    if MASKED:
+        safe_top = gl.where(new_top == float("-inf"), 0.0, new_top)
+    decay = exp2(top * scale - safe_top * scale)
+    probs = exp2(s * scale - (safe_top * scale)[:, None])
+    part = row_sums(probs)
+    total = total * gl.convert_layout(decay, gl.SliceLayout(1, part.type.layout))[:, None] + part
+    acc, p = warpgroup_mma_wait(0, deps=[acc_next, p])
+    mbarrier.arrive(v_ring.empty.index(tile % STAGES), count=1)
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p = gl.convert_layout(probs.to(p.dtype), p.type.layout)
+    return acc, p, new_top, total
+
+
+@gluon.jit
+def consume(
+    out,
+    out_desc,
+    walk,
+    scales,
+    q_ring,
+    k_ring,
+    v_ring,
+    out_buffers,
+    CONSUMER: gl.constexpr,
+    PACK: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    LAYERED: gl.constexpr,
+    MERGE: gl.constexpr,
+):
+    BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
+    D: gl.constexpr = k_ring.tiles.shape[3]
+    STAGES: gl.constexpr = k_ring.full.shape[0]
+    Q_STAGES: gl.constexpr = q_ring.full.shape[0]
+    ROW_STEP: gl.constexpr = 0 if PACK == 2 else CONSUMER * ROWS
+    HEAD_STEP: gl.constexpr = CONSUMER if PACK == 2 else 0
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
+    )
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    dtype: gl.constexpr = q_ring.tiles.dtype
+    scale = scales.score
+
+    turn = 0
+    tile = 0
+    item = load_item(walk, 0)
+    col, run, code = load_entry(walk, item.entry)
+    starts, ends = load_intervals(walk, code, item.row + ROW_STEP, item.rows - ROW_STEP, rows, LAYERED)
+    while item.index < walk.num_items:
+        row, live, head, entry = item.row + ROW_STEP, item.rows - ROW_STEP, item.head * PACK + HEAD_STEP, item.entry
+        left = gl.maximum(item.tiles, 1) - 1
+        item = load_item(walk, turn + 1)
+        q_stage = turn % Q_STAGES
+        mbarrier.wait(q_ring.full.index(q_stage), (turn // Q_STAGES) & 1)
+        q_tile = q_ring.tiles.index(q_stage * 2 + CONSUMER).reshape([ROWS, D])
+
+        s = multiply_keys(q_tile, k_ring, tile, s_layout)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_ring.empty.index(tile % STAGES), count=1)
+        s = masked(bounded(s, scales, SOFTCAP), starts - col, ends - col, code & 3)
+        top = gl.max(s, 1)
+        safe_top = gl.where(top == float("-inf"), 0.0, top)
+        probs = exp2(s * scale - (safe_top * scale)[:, None])
+        total = row_sums(probs)
+        p = gl.convert_layout(probs.to(dtype), p_layout)
+        acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
+        col -= BLOCK_K
+        run -= 1
+        while left > 0:
+            left -= run
+            entry += 1
+            next_col, next_run, next_code = load_entry(walk, entry)
+            # Two loops, so that the one for whole tiles has no branch.
+            if (code & 3) == 0:
+                for _ in range(run):
+                    acc, p, top, total = next_tile(
+                        acc,
+                        p,
+                        top,
+                        total,
+                        q_tile,
+                        k_ring,
+                        v_ring,
+                        tile,
+                        scales,
+                        starts,
+                        ends,
+                        code,
+                        col,
+                        False,
+                        SOFTCAP,
+                    )
+                    tile += 1
+            else:
+                for _ in range(run):
+                    acc, p, top, total = next_tile(
+                        acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col, True, SOFTCAP
+                    )
+                    col -= BLOCK_K
+                    tile += 1
+            col, run, code = next_col, next_run, next_code
+            if LAYERED:
+                starts, ends = load_intervals(walk, code, row, live, rows, LAYERED)
+        mbarrier.arrive(q_ring.empty.index(q_stage), count=1)
+        col, run, code = load_entry(walk, item.entry)
+        starts, ends = load_intervals(walk, code, item.row + ROW_STEP, item.rows - ROW_STEP, rows, LAYERED)
+        acc = multiply_values(p, v_ring, tile, acc)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_ring.empty.index(tile % STAGES), count=1)
+        tile += 1
+        if live > 0:
+            finish(
+                acc, top, total, out, out_desc, out_buffers.index(CONSUMER), row, head, live, scale,
+                HEAD_DIM, MERGE, rows,
+            )  # fmt: skip
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def forward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    out,
+    walk,
+    scales,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    LAYERED: gl.constexpr,
+    MERGE: gl.constexpr,
+):
+    BLOCK_K: gl.constexpr = k_desc.block_type.shape[0]
+    D: gl.constexpr = k_desc.block_type.shape[2]
+    dtype: gl.constexpr = q_desc.dtype
+    q_tiles = gl.allocate_shared_memory(dtype, [2 * Q_STAGES, ROWS, 1, D], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], v_desc.layout)
+    out_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, 1, D], q_desc.layout)
+    q_ring = make_ring(q_tiles, Q_STAGES, 2)
+    k_ring = make_ring(k_tiles, STAGES, 2)
+    v_ring = make_ring(v_tiles, STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    out,
+                    out_desc,
+                    walk,
+                    scales,
+                    q_ring,
+                    k_ring,
+                    v_ring,
+                    out_buffers,
+                    0,
+                    PACK,
+                    HEAD_DIM,
+                    SOFTCAP,
+                    LAYERED,
+                    MERGE,
+                ),
+            ),
+            (
+                consume,
+                (
+                    out,
+                    out_desc,
+                    walk,
+                    scales,
+                    q_ring,
+                    k_ring,
+                    v_ring,
+                    out_buffers,
+                    1,
+                    PACK,
+                    HEAD_DIM,
+                    SOFTCAP,
+                    LAYERED,
+                    MERGE,
+                ),
+            ),
+            (produce, (q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP, PACK)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

@@ -1,0 +1,181 @@
+"""From tensors and a schedule to the arguments of the kernels."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from magi_attention.kernels.hopper.backward_kernel import backward_kernel
+from magi_attention.kernels.hopper.forward_kernel import Out, forward_kernel
+from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSchedule
+from magi_attention.kernels.hopper.launcher import Launcher, rows, tiles
+from magi_attention.kernels.hopper.pipeline import LOG2_E, Scales, WalkArgs
+from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.query_grads import QueryGrads
+
+CONSUMER_ROWS = 64  # of scores
+BLOCK_K = 128
+KEYS_IN_CACHE = 32 << 20
+"""Bytes of k and v, or of q and dout, that are walked at a time: most of the cache that all multiprocessors share."""
+
+# Registers on entry, before the roles take their own share.
+_forward = Launcher(forward_kernel, num_warps=4, maxnreg=168)
+_backward = Launcher(backward_kernel, num_warps=4, maxnreg=168)
+
+
+class Sizes(NamedTuple):
+    """The sizes of a problem.
+
+    Attributes:
+        heads_kv: Heads of the keys.
+        group: Heads of the queries that share one.
+        head_dim: Dimensions of a head.
+        dim: Dimensions of a tile, a power of two; copies fill those that a head does not have with zeros.
+    """
+
+    heads_kv: int
+    group: int
+    head_dim: int
+    dim: int
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor) -> "Sizes":
+        """The sizes of ``q`` ``(num_rows, heads_q, head_dim)`` and ``k`` ``(num_keys, heads_kv, head_dim)``."""
+        return cls(k.shape[1], q.shape[1] // k.shape[1], q.shape[2], tile_dim(q.shape[2]))
+
+
+def tile_dim(head_dim: int) -> int:
+    """Dimensions of a tile."""
+    return 64 if head_dim <= 64 else 128
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: HopperSchedule,
+    params: AttnParams,
+    state: tuple[torch.Tensor, torch.Tensor],
+    merge: bool,
+) -> None:
+    """Write ``(out, lse)`` of all rows to ``state``, or ``merge`` these keys into it."""
+    out, lse = state
+    num_rows, num_keys = q.shape[0], k.shape[0]
+    if num_rows == 0 or num_keys == 0:
+        if not merge:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        return
+    sizes = Sizes.of(q, k)
+    pack = 2 if sizes.group % 2 == 0 else 1
+    walk = schedule.by_queries(2 * CONSUMER_ROWS // pack, BLOCK_K, q.device)
+    heads = heads_at_a_time(sizes.heads_kv, 4 * num_keys * sizes.dim) * (sizes.group // pack)
+    args = walk_args(walk, walk.num_busy if merge else len(walk.windows), heads, q.shape[1] // pack)
+    if args.num_items == 0:
+        return
+    tile, k_tile = (CONSUMER_ROWS, 1, sizes.dim), (BLOCK_K, 1, sizes.dim)
+    _forward(
+        (min(args.num_items, num_programs(q.device, params)), 1, 1),
+        tiles(copyable(q), tile),
+        tiles(copyable(k), k_tile),
+        tiles(copyable(v), k_tile),
+        tiles(out, tile) if out.dtype == q.dtype else None,
+        Out(rows(out), lse, num_rows),
+        args,
+        make_scales(params),
+        GROUP=sizes.group,
+        PACK=pack,
+        HEAD_DIM=sizes.head_dim,
+        STAGES=2 if sizes.dim == 128 else 4,
+        Q_STAGES=2,
+        SOFTCAP=params.softcap != 0,
+        LAYERED=len(walk.starts) > 1,
+        MERGE=merge,
+    )
+
+
+def launch_backward(
+    grads: QueryGrads,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: HopperSchedule,
+    params: AttnParams,
+    results: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Write ``(dk, dv)`` to ``results``, and add to ``grads.dq``."""
+    dk, dv = results
+    num_rows, num_keys = q.shape[0], k.shape[0]
+    if num_rows == 0 or num_keys == 0:
+        dk.zero_()
+        dv.zero_()
+        return
+    sizes = Sizes.of(q, k)
+    block_q = 64 if sizes.dim == 128 else 128
+    walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device)
+    heads = heads_at_a_time(sizes.heads_kv, 8 * num_rows * sizes.dim)
+    args = walk_args(walk, len(walk.windows), heads, sizes.heads_kv)
+    # One program an item starts the next item wherever one ends first; but all multiprocessors get some.
+    programs = min(args.num_items, num_programs(q.device, params)) if params.sm_margin else args.num_items
+    q_tile, k_tile = (block_q, 1, sizes.dim), (CONSUMER_ROWS, 1, sizes.dim)
+    low = dk.dtype == k.dtype
+    _backward(
+        (programs, 1, 1),
+        tiles(copyable(q), q_tile),
+        tiles(copyable(k), k_tile),
+        tiles(copyable(v), k_tile),
+        tiles(copyable(grads.dout), q_tile),
+        tiles(grads.lse.view(-1), (block_q,)),
+        tiles(grads.delta.view(-1), (block_q,)),
+        tiles(grads.dq.view(num_rows, -1), (64, 64)),
+        tiles(dk, k_tile) if low else None,
+        tiles(dv, k_tile) if low else None,
+        grads.lse.shape[1],
+        rows(dk),
+        rows(dv),
+        args,
+        make_scales(params),
+        GROUP=sizes.group,
+        HEAD_DIM=sizes.head_dim,
+        STAGES=2,
+        SOFTCAP=params.softcap != 0,
+        LAYERED=len(walk.starts) > 1,
+    )
+
+
+def copyable(x: torch.Tensor) -> torch.Tensor:
+    """The tensor as bulk copies take it: dimensions side by side, 16 bytes or a multiple between rows; or a copy."""
+    token_stride, head_stride, dim_stride = x.stride()
+    step = 16 // x.element_size()
+    aligned = token_stride % step == head_stride % step == x.data_ptr() % 16 == 0
+    if aligned and token_stride > 0 and head_stride > 0 and dim_stride == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def walk_args(walk: DeviceWalk, num_windows: int, heads: int, all_heads: int) -> WalkArgs:
+    """The first windows of a walk for ``all_heads`` heads, ``heads`` at a time."""
+    arrays = walk.windows, walk.entries, walk.starts, walk.ends
+    return WalkArgs(*arrays, walk.starts.shape[1], num_windows, heads, num_windows * all_heads)
+
+
+def heads_at_a_time(num_heads: int, bytes_of_head: int) -> int:
+    """As many heads as the cache holds, a divisor of their number."""
+    fitting = max(1, min(num_heads, KEYS_IN_CACHE // bytes_of_head))
+    return next(heads for heads in range(fitting, 0, -1) if num_heads % heads == 0)
+
+
+def make_scales(params: AttnParams) -> Scales:
+    """The factors of scores."""
+    scale, cap = float(params.softmax_scale), float(params.softcap)  # kernels are compiled for floats
+    return Scales(scale / cap if cap else 0.0, (cap or scale) * LOG2_E.value, scale)
+
+
+def num_programs(device: torch.device, params: AttnParams) -> int:
+    """How many multiprocessors a kernel may take."""
+    return max(1, _num_multiprocessors(device) - params.sm_margin)
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

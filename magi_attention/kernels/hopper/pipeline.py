@@ -1,0 +1,175 @@
+"""What the kernels share: rings of tiles in shared memory, the walk over a schedule, masks, and arithmetic."""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from magi_attention.kernels.hopper.gluon_compat import store_tile
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+ROW_ENDS_INSIDE = gl.constexpr(1)
+ROW_BEGINS_INSIDE = gl.constexpr(2)
+
+
+class WalkArgs(NamedTuple):
+    """A walk, see :class:`magi_attention.kernels.hopper.walk.Walk`, as kernels take it.
+
+    Items are pairs of a window and a head. ``heads`` of them are walked side by side, so that few are in the cache at a
+    time: all windows of the first ``heads`` heads, then of the next.
+    """
+
+    windows: Any
+    entries: Any
+    starts: Any
+    ends: Any
+    layer_stride: int
+    num_windows: int
+    heads: int
+    num_items: int
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory that the producer fills and the consumers empty, over and over."""
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+class Rows(NamedTuple):
+    """A ``(tokens, heads, head_dim)`` tensor that results are stored to. A descriptor of its tiles goes with it, None
+    where they are not of the products' type; descriptors cannot travel inside of tuples."""
+
+    ptr: Any
+    token_stride: int
+    head_stride: int
+
+
+class Scales(NamedTuple):
+    """How scores, in units of ``log(2)``, are made of products: ``score * bounded(inner * product)``.
+
+    With softcap, ``bounded`` is ``tanh`` and ``score`` has the cap. Without, ``bounded`` is the product itself,
+    ``inner`` is not used, and ``score`` has the softmax scale. ``product`` is what gradients of products have left to
+    be multiplied by.
+    """
+
+    inner: float
+    score: float
+    product: float
+
+
+@gluon.jit
+def make_ring(tiles, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    return Ring(tiles, full, empty)
+
+
+class Item(NamedTuple):
+    """A window and a head: rows ``row`` to ``row + rows``, and where their entries are."""
+
+    index: Any
+    head: Any
+    row: Any
+    rows: Any
+    entry: Any
+    tiles: Any
+
+
+@gluon.jit
+def load_item(walk, turn):
+    """The item of a turn; behind the last one, some window and no head, and ``index`` is ``num_items`` or more.
+
+    Programs take items in turns, every second turn in reverse order, so that two turns together weigh about the same
+    for each program: windows get lighter from first to last. Of the groups of heads that are walked side by side, every
+    second one begins with its last window, so that weights go on where they were; the last group begins with its first.
+    """
+    programs, program = gl.num_programs(0), gl.program_id(0)
+    index = turn * programs + gl.where((turn & 1) == 1, programs - 1 - program, program)
+    size = walk.num_windows * walk.heads
+    group = index // size
+    window = index % size // walk.heads
+    backwards = ((walk.num_items // size - group) & 1) == 0
+    window = walk.windows + gl.where(backwards, walk.num_windows - 1 - window, window) * 4
+    head = group * walk.heads + index % walk.heads
+    return Item(index, head, gl.load(window), gl.load(window + 1), gl.load(window + 2), gl.load(window + 3))
+
+
+@gluon.jit
+def load_entry(walk, entry):
+    """The column of an entry's first tile to visit, the number of its tiles, and the code of their layer and flags."""
+    where = walk.entries + entry * 4
+    return gl.load(where), gl.load(where + 1), gl.load(where + 2)
+
+
+@gluon.jit
+def load_intervals(walk, code, row, rows, like: gl.constexpr, LAYERED: gl.constexpr):
+    """Start and end of the columns of 64 rows in the layer of ``code``; of rows from the ``rows``-th on, nothing."""
+    index = gl.arange(0, 64, layout=like)
+    where = row + index
+    if LAYERED:
+        where += gl.cast(code >> 2, gl.int64) * walk.layer_stride
+    exists = index < rows
+    return gl.load(walk.starts + where, mask=exists, other=0), gl.load(walk.ends + where, mask=exists, other=0)
+
+
+@gluon.jit
+def columns_before(like, ends):
+    """Which columns of a tile in the layout of ``like`` come before each row's end.
+
+    A thread has the columns ``2 * (lane % 4)`` plus constants. The two parts are taken apart, so that the comparisons
+    are with constants and no registers hold column numbers.
+    """
+    col = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, like.type.layout))
+    return (col & ~6)[None, :] < ends[:, None] - (col & 6)[None, :]
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def row_pointers(like, x, row, head, live, HEAD_DIM: gl.constexpr):
+    """Where the rows ``row`` to ``row + live`` of a head are, in the layout of ``like``, and which of them exist."""
+    token = gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, like.type.layout))
+    dim = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, like.type.layout))
+    start = x.ptr + gl.cast(row, gl.int64) * x.token_stride + gl.cast(head, gl.int64) * x.head_stride
+    offset = (token.to(gl.int64) * x.token_stride)[:, None] + dim[None, :]
+    return start + offset, (token < live)[:, None] & (dim < HEAD_DIM)[None, :]
+
+
+@gluon.jit
+def load_rows(like, x, row, head, live, HEAD_DIM: gl.constexpr):
+    ptr, exists = row_pointers(like, x, row, head, live, HEAD_DIM)
+    return gl.load(ptr, mask=exists, other=0.0)
+
+
+@gluon.jit
+def store_rows(result, x, x_desc, buffer, row, head, live, HEAD_DIM: gl.constexpr):
+    """Store a tile of results, of which ``live`` rows exist; whole ones leave by a bulk copy from ``buffer``."""
+    if x_desc is None:
+        ptr, exists = row_pointers(result, x, row, head, live, HEAD_DIM)
+        gl.store(ptr, result, mask=exists)
+    else:
+        low = result.to(x_desc.dtype)
+        if live >= result.shape[0]:
+            tma.store_wait(0)
+            buffer.reshape(result.shape).store(low)
+            fence_async_shared()
+            store_tile(x_desc, [row, head, 0], buffer)
+        else:
+            ptr, exists = row_pointers(result, x, row, head, live, HEAD_DIM)
+            gl.store(ptr, low, mask=exists)

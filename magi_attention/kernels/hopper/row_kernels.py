@@ -1,0 +1,91 @@
+"""The kernels before and after the backward kernel: one pass over the queries each."""
+
+import torch
+import triton
+import triton.language as tl
+
+from magi_attention.kernels.hopper.hopper_schedule import ALIGN
+from magi_attention.kernels.hopper.launcher import Launcher, rows
+from magi_attention.kernels.query_grads import QueryGrads
+
+TOKENS = 32  # of a program
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def start_kernel(
+    out,
+    dout,
+    lse,
+    dlse,
+    neg_lse,
+    neg_delta,
+    dq,
+    num_tokens,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    dim = tl.arange(0, DIM)
+    exists = token < num_tokens
+    inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
+    far = token.to(tl.int64)[:, None]
+    out_tile = tl.load(out.ptr + far * out.token_stride + head * out.head_stride + dim[None, :], mask=inside, other=0.0)
+    dout_tile = tl.load(
+        dout.ptr + far * dout.token_stride + head * dout.head_stride + dim[None, :], mask=inside, other=0.0
+    )
+    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse is not None:
+        delta -= tl.load(dlse + head * num_tokens + token, mask=exists, other=0.0)
+    row_lse = tl.load(lse + head * num_tokens + token, mask=exists, other=float("-inf"))
+    attends = row_lse != float("-inf")
+    stored = token < stride
+    tl.store(neg_lse + head * stride + token, tl.where(attends, row_lse * -LOG2_E, float("-inf")), mask=stored)
+    tl.store(neg_delta + head * stride + token, tl.where(attends, -delta, 0.0), mask=stored)
+    zeros = tl.zeros((TOKENS, DIM), tl.float32)
+    tl.store(dq + (far * tl.num_programs(0) + head) * DIM + dim[None, :], zeros, mask=exists[:, None])
+
+
+@triton.jit
+def finish_kernel(sums, dq, scale, num_tokens, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr):
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    dim = tl.arange(0, DIM)
+    row = token.to(tl.int64)[:, None] * tl.num_programs(0) + tl.program_id(0)
+    inside = (token < num_tokens)[:, None] & (dim < HEAD_DIM)[None, :]
+    tile = tl.load(sums + row * DIM + dim[None, :], mask=inside, other=0.0)
+    tl.store(dq + row * HEAD_DIM + dim[None, :], (tile * scale).to(dq.dtype.element_ty), mask=inside)
+
+
+_start, _finish = Launcher(start_kernel), Launcher(finish_kernel)
+
+
+def launch_start(
+    out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, dim: int
+) -> QueryGrads:
+    """What the backward kernel needs of each query.
+
+    ``lse`` becomes its negative in units of ``log(2)``, and ``delta`` its negative, so that both are added. A query
+    that attends nothing gets -inf, which makes its probabilities 0, and delta 0. Both are ``(num_heads, tokens)``, with
+    the tokens up to a multiple of ``ALIGN`` as if there were more that attend nothing. ``dq`` is filled with zeros; it
+    has ``dim`` dimensions, as tiles have.
+    """
+    num_tokens, num_heads, head_dim = out.shape
+    stride = -(-num_tokens // ALIGN) * ALIGN
+    neg_lse, neg_delta = torch.empty(2, num_heads, stride, dtype=torch.float32, device=out.device).unbind()
+    dq = torch.empty(num_tokens, num_heads, dim, dtype=torch.float32, device=out.device)
+    if num_tokens:
+        grid = num_heads, -(-num_tokens // TOKENS), 1
+        args = rows(out), rows(dout), lse, dlse, neg_lse, neg_delta, dq, num_tokens, stride
+        _start(grid, *args, HEAD_DIM=head_dim, DIM=dim, TOKENS=TOKENS)
+    return QueryGrads(dout, neg_lse, neg_delta, dq)
+
+
+def launch_finish(sums: torch.Tensor, dq: torch.Tensor, scale: float) -> None:
+    """``dq`` from the sums of the backward kernel: times ``scale``, without the dimensions that only tiles have."""
+    num_tokens, num_heads, head_dim = dq.shape
+    if num_tokens:
+        grid = num_heads, -(-num_tokens // TOKENS), 1
+        _finish(grid, sums, dq, scale, num_tokens, HEAD_DIM=head_dim, DIM=sums.shape[2], TOKENS=TOKENS)

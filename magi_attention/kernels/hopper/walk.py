@@ -1,0 +1,139 @@
+"""Walk: a mask compiled into what a persistent kernel walks, window by window and tile by tile.
+
+Rows are queries and columns keys, or, for a walk over the transposed mask, the other way round::
+
+    window    a run of at most block_rows rows
+    tile      block_cols columns, of which each row of the window attends a part: one interval of a *layer*
+    entry     a run of neighbouring tiles of a window that agree on the layer and on what must be masked
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.kernels.hopper.windows import cut_windows
+from magi_attention.kernels.tile_schedule import column_runs, layer_intervals, split_layers
+from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten
+
+Int32Array = NDArray[np.int32]
+
+ROW_ENDS_INSIDE = 1
+"""Flag of a tile: of some row, the columns end before the tile does. Cells are kept where ``column < ends``."""
+
+ROW_BEGINS_INSIDE = 2
+"""Flag of a tile: of some row, the columns start behind the tile's first. Cells are kept where ``column >= starts``."""
+
+READ_AHEAD = 64
+"""Rows that a kernel may read behind the ``block_rows`` rows from a window's first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """The tiles of ``num_rows`` x ``num_cols`` scores, and which cells of a tile to keep.
+
+    A tile with first column ``c`` and layer ``l`` stands for the cells of the rows ``i`` of its window, and of the
+    columns in ``[c, c + block_cols)`` and ``[starts[l, i], ends[l, i])``. Each attended cell is in one tile, and each
+    tile has one. Tiles may end behind the last column.
+
+    Attributes:
+        windows: int32 ``(num_windows, 4)``, most tiles first: first row, number of rows, first entry, number of tiles.
+            Windows share no row and hold every row.
+        entries: int32 ``(num_entries + 2, 4)``: first column of the tile to visit first, number of tiles, ``layer * 4
+            + flags``, 0. A kernel visits the tiles of an entry at ``block_cols`` columns less each, or, if ascending,
+            more; then the next entry, until it has seen the window's number of tiles. Layers and their columns descend
+            or ascend likewise. The last two entries are a tile each that is masked for rows without columns: windows
+            without tiles have the first as theirs, for kernels that compute at least one tile, and read one entry
+            ahead.
+        starts: int32 ``(num_layers, num_rows + block_rows + READ_AHEAD)``: first column of each row's ``l``-th
+            interval, in ascending order.
+        ends: The same of one past its last column. A row with fewer intervals than layers has empty ones, ``[0, 0)``,
+            and so have the rows past the last.
+        num_rows: Number of rows.
+        num_cols: Number of columns.
+    """
+
+    windows: Int32Array
+    entries: Int32Array
+    starts: Int32Array
+    ends: Int32Array
+    num_rows: int
+    num_cols: int
+
+
+def build_walk(
+    bands: IntArray,
+    num_rows: int,
+    num_cols: int,
+    block_rows: int,
+    block_cols: int,
+    align: int = 1,
+    ascending: bool = False,
+) -> Walk:
+    """Compile bands that share no cell.
+
+    Args:
+        bands: Bands inside ``num_rows`` x ``num_cols``, shape ``(n, 6)``, see :mod:`magi_attention.mask.bands`.
+        num_rows: Number of rows.
+        num_cols: Number of columns.
+        block_rows: Most rows of a window.
+        block_cols: Columns of a tile, a multiple of ``align``.
+        align: Tiles begin at multiples of it.
+        ascending: Whether a kernel visits the first columns of a window first, and not its last.
+    """
+    bands, layer = split_layers(tighten(bands)[0])
+    starts, ends = layer_intervals(bands, layer, num_rows + block_rows + READ_AHEAD)
+    bounds = cut_windows(bands, starts, ends, num_rows, block_rows, block_cols)
+    entries, window = _entries(bands, layer, bounds, num_cols, block_cols, align)
+    if not ascending:
+        entries[:, 0] += (entries[:, 1] - 1) * block_cols
+        entries, window = entries[::-1], window[::-1]
+
+    num_windows = len(bounds) - 1
+    weight = np.bincount(window, entries[:, 1], num_windows).astype(np.int64)
+    sign = 1 if ascending else -1
+    first_entry = np.searchsorted(sign * window, sign * np.arange(num_windows))
+    first_entry[weight == 0] = len(entries)
+    windows = np.stack((bounds[:-1], np.diff(bounds), first_entry, weight), axis=1)
+    # The longest first, so that none is left to run alone (Graham 1969).
+    windows = windows[np.argsort(-weight, kind="stable")]
+    entries = np.concatenate((entries, [[0, 1, ROW_ENDS_INSIDE, 0]] * 2))
+    return Walk(windows.astype(np.int32), entries.astype(np.int32), starts, ends, num_rows, num_cols)
+
+
+def _entries(
+    bands: IntArray, layer: IntArray, bounds: IntArray, num_cols: int, block_cols: int, align: int
+) -> tuple[IntArray, IntArray]:
+    """Entries with the column of their first tile, without the spare ones, and the window of each, all ascending."""
+    num_layers = int(layer.max()) + 1 if len(layer) else 1
+    pieces, window, source = crop(bands, bounds[:-1], bounds[1:])
+    group = window * num_layers + layer[source]
+    runs = column_runs(pieces, group, num_cols, block_cols)
+    pieces, group = pieces[runs.order], group[runs.order]
+
+    # Of each group, the last column where a row starts and the first where one ends.
+    opens_group = np.flatnonzero(np.diff(group, prepend=-1))
+    last_start = np.maximum.reduceat(row_intervals(pieces, pieces[:, Q1] - 1)[0], opens_group)
+    first_end = np.minimum.reduceat(row_intervals(pieces, pieces[:, Q0])[1], opens_group)
+    rows = np.add.reduceat(pieces[:, Q1] - pieces[:, Q0], opens_group)
+    first_end[rows < np.diff(bounds)[group[opens_group] // num_layers]] = 0  # some row has no columns
+
+    # Of each run, tiles before the `low`-th are cut by a start, and those from the `high`-th on by an end.
+    nth = np.searchsorted(group[opens_group], runs.group)
+    start = runs.start - runs.start % align
+    count = -(-(runs.end - start) // block_cols)
+    low = np.clip(-((start - last_start[nth]) // block_cols), 0, count)
+    high = np.clip((first_end[nth] - start) // block_cols, 0, count)
+    stops = np.stack((np.minimum(low, high), np.maximum(low, high), count), axis=1)
+    flags = np.zeros_like(stops)
+    flags[:, 0], flags[:, 2] = ROW_BEGINS_INSIDE, ROW_ENDS_INSIDE
+    flags[high < low, 1] = ROW_BEGINS_INSIDE | ROW_ENDS_INSIDE
+
+    entries = np.zeros((3 * len(stops), 4), np.int64)
+    number = np.diff(stops, prepend=0, axis=1)
+    entries[:, 0] = (start[:, None] + (stops - number) * block_cols).ravel()
+    entries[:, 1] = number.ravel()
+    entries[:, 2] = ((runs.group % num_layers)[:, None] * 4 + flags).ravel()
+    window = np.repeat(runs.group // num_layers, 3)
+    used = np.flatnonzero(entries[:, 1])
+    return entries[used], window[used]

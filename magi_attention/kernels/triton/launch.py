@@ -1,0 +1,100 @@
+"""Launch: what the launches of one call have in common."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.triton.tiles import Rows, Scales, as_rows, make_scales
+from magi_attention.kernels.triton.triton_schedule import TritonSchedule, Walk
+from magi_attention.kernels.triton.tuning import TileShape, Tuning, choose, packed_heads
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The tensors, the mask and the sizes with which kernels are launched.
+
+    Attributes:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        heads_kv: Heads of the keys.
+        group: Query heads for each of them.
+        head_dim: The last dimension of the tensors.
+        schedule: The mask.
+        scales: How scores are made of products.
+        softcap: Whether a ``tanh`` is among that.
+        shapes: The shapes of tiles.
+        device: Where the tensors are.
+    """
+
+    q: Rows
+    k: Rows
+    v: Rows
+    heads_kv: int
+    group: int
+    head_dim: int
+    schedule: TritonSchedule
+    scales: Scales
+    softcap: bool
+    shapes: Tuning
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TritonSchedule, params: AttnParams
+    ) -> "Launch":
+        """The launches over these tensors."""
+        heads_kv, head_dim = k.shape[1:]
+        return cls(
+            q=as_rows(q),
+            k=as_rows(k),
+            v=as_rows(v),
+            heads_kv=heads_kv,
+            group=q.shape[1] // heads_kv,
+            head_dim=head_dim,
+            schedule=schedule,
+            scales=make_scales(params),
+            softcap=params.softcap != 0,
+            shapes=choose(head_dim, q.dtype, q.device),
+            device=q.device,
+        )
+
+    @property
+    def packed(self) -> int:
+        """Query heads in the rows of one query tile."""
+        return packed_heads(self.group)
+
+    @property
+    def query_programs(self) -> int:
+        """Programs for each query tile: one for each head of the keys and part of its query heads."""
+        return self.heads_kv * triton.cdiv(self.group, self.packed)
+
+    def by_queries(self, shape: TileShape) -> Walk:
+        """The walk over query tiles of a shape, the rows of which are pairs of a query and a head."""
+        return self.schedule.by_queries(shape.rows // self.packed, shape.cols, self.device)
+
+    def by_keys(self, shape: TileShape) -> Walk:
+        """The walk over key tiles of a shape."""
+        return self.schedule.by_keys(shape.rows, shape.cols, self.device)
+
+    def options(self, shape: TileShape, walk: Walk) -> dict[str, Any]:
+        """The compile-time arguments that the kernels share."""
+        return dict(
+            GROUP=self.group,
+            HEAD_DIM=self.head_dim,
+            BLOCK_D=block_of(self.head_dim),
+            ROWS=shape.rows,
+            COLS=shape.cols,
+            SOFTCAP=self.softcap,
+            LAYERED=walk.layered,
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )
+
+
+def block_of(head_dim: int) -> int:
+    """The dimension of tiles: products need at least 16, and a power of two."""
+    return max(16, triton.next_power_of_2(head_dim))

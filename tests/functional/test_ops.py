@@ -1,0 +1,110 @@
+"""The operators under torch.compile and the checks that torch has for operators."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from magi_attention.functional import flex_flash_attn_func
+from magi_attention.functional.ops import backward_op, forward_op
+
+RANGES = torch.tensor([[0, 5], [5, 9]], dtype=torch.int32)
+TYPES = torch.tensor([1, 0], dtype=torch.int32)
+OPTIONS = (None, 9, 0.3, 2.0, False, 0, None)
+
+
+def inputs(rows: int = 9, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(rows, h, 8, generator=generator, dtype=dtype).requires_grad_() for h in (4, 2, 2)]
+
+
+def loss_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor, types: torch.Tensor | None
+) -> torch.Tensor:
+    out, lse = flex_flash_attn_func(q * 2, k, v, ranges, ranges, attn_type_map=types, softcap=3.0)
+    return out.square().sum() + (lse.masked_fill(torch.isinf(lse), 0) * 0.5).sum()
+
+
+def gradients(
+    function: Callable[..., torch.Tensor], rows: int, ranges: torch.Tensor, types: torch.Tensor | None
+) -> list[torch.Tensor]:
+    leaves = inputs(rows)
+    loss = function(*leaves, ranges, types)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_without_a_graph_break(backend: str) -> None:
+    """Other lengths and other masks, too."""
+    torch.compiler.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
+    for rows, ranges, types in ((9, RANGES, TYPES), (9, RANGES - 0, None), (12, RANGES + 2, TYPES)):
+        ours, eager = gradients(compiled, rows, ranges, types), gradients(loss_of, rows, ranges, types)
+        for actual, expected in zip(ours, eager, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mistake_in_a_compiled_call_is_the_same_error() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"q_ranges\[1\].*out of bounds"):
+        compiled(*inputs(8), RANGES, TYPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("types", [TYPES, None], ids=["types", "all full"])
+def test_forward_operator(dtype: torch.dtype, types: torch.Tensor | None) -> None:
+    opcheck(forward_op, (*inputs(dtype=dtype), RANGES, RANGES, types, *OPTIONS))
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1])
+def test_backward_operator(missing: int | None) -> None:
+    q, k, v = (x.detach() for x in inputs())
+    out, lse = forward_op(q, k, v, RANGES, RANGES, TYPES, *OPTIONS)
+    grads = [None if n == missing else torch.ones_like(x) for n, x in enumerate((out, lse))]
+    opcheck(backward_op, (*grads, out, lse, q, k, v, RANGES, RANGES, TYPES, *OPTIONS))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = inputs()
+    (dq,) = torch.autograd.grad(loss_of(q, k, v, RANGES, TYPES), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+class Seen(TorchDispatchMode):
+    """Which of our operators run, as seen by what decides on recomputation or counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "magi_attention":
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_both_operators() -> None:
+    with Seen() as seen:
+        gradients(loss_of, 9, RANGES, TYPES)
+    assert seen.names == ["magi_attention.flex_flash_attn.default", "magi_attention.flex_flash_attn_backward.default"]
+
+
+def test_without_gradients() -> None:
+    q, k, v = inputs()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert not loss_of(q, k, v, RANGES, TYPES).requires_grad
+    assert not loss_of(q.detach(), k.detach(), v.detach(), RANGES, TYPES).requires_grad
+    assert loss_of(q.detach(), k.detach(), v, RANGES, TYPES).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_forward_mode_derivative_is_refused() -> None:
+    q, k, v = (x.detach() for x in inputs())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        loss_of(torch.autograd.forward_ad.make_dual(q, q), k, v, RANGES, TYPES)

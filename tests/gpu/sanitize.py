@@ -1,0 +1,40 @@
+"""A small set of calls for NVIDIA's checkers of memory accesses and of races:
+
+PYTHONPATH=. compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+PYTHONPATH=. compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+"""
+
+import torch
+
+from magi_attention.kernels.engine import ENGINES
+from magi_attention.kernels.params import AttnParams
+from magi_attention.testing.mask_zoo import named_masks
+
+MASKS = ("causal", "varlen causal", "several intervals a row", "nothing")
+SEQLEN = 203  # a multiple of nothing
+
+
+def main() -> None:
+    """Every engine for this GPU, forward and backward, whole and in two parts of the keys."""
+    for engine in ENGINES:
+        for head_dim in (64, 128):
+            if engine.refusal(torch.device("cuda", 0), torch.bfloat16, head_dim) is not None:
+                continue
+            for name in MASKS:
+                bands = named_masks(SEQLEN)[name].bands
+                q, dout = torch.randn(2, SEQLEN, 4, head_dim, dtype=torch.bfloat16, device="cuda")
+                k, v = torch.randn(2, SEQLEN, 2, head_dim, dtype=torch.bfloat16, device="cuda")
+                params = AttnParams(head_dim**-0.5)
+                schedule = engine.schedule(bands, SEQLEN, SEQLEN)
+                out, lse = engine.forward(q, k, v, schedule, params)
+                out, lse = engine.forward(q, k, v, schedule, params, onto=(out, lse))
+                out, lse = engine.forward(q, k, v, schedule, params, q.dtype)
+                grads = engine.start_backward(out, dout, lse, torch.randn_like(lse), params)
+                engine.backward(grads, q, k, v, schedule, params, k.dtype)
+                engine.finish_backward(grads, params, q.dtype)
+                torch.cuda.synchronize()
+                print(engine.name, head_dim, name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The hopper engine against dense float64 attention, to the derived bound, on a CPU that emulates Gluon.
+
+Each test has another seed for the choice of who goes on: a part of a program, a copy or a product.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.mask import AttnMask, builders
+from magi_attention.testing.mask_zoo import named_masks
+from magi_attention.testing.strategies import masks
+
+from .attention import Problem, check_bound, run_engine, run_in_parts
+from .gluon_emulator import EmulatedEngine
+
+SEVERAL = "several intervals a row"
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> EmulatedEngine:
+    """With few multiprocessors, so that programs take several items."""
+    return EmulatedEngine(zlib.crc32(request.node.name.encode()), num_multiprocessors=3)
+
+
+def make_problem(
+    mask: AttnMask,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    softcap: float = 0.0,
+) -> Problem:
+    """Numbers that both types hold."""
+    return Problem.random(mask, torch.bfloat16, heads, head_dim, softcap).cast(dtype)
+
+
+def documents(lengths: list[int], causal: bool = False) -> AttnMask:
+    return builders.varlen([0, *accumulate(lengths)], causal=causal)
+
+
+@pytest.mark.parametrize("name", sorted(named_masks(64)))
+def test_named_masks(engine: EmulatedEngine, name: str) -> None:
+    problem = make_problem(named_masks(200)[name])
+    check_bound(run_engine(engine, problem), problem)
+
+
+@pytest.mark.parametrize("name", ["causal", "varlen causal", "block causal window", SEVERAL])
+def test_many_tiles(engine: EmulatedEngine, name: str) -> None:
+    problem = make_problem(named_masks(440)[name], heads=(2, 1), head_dim=128)
+    check_bound(run_engine(engine, problem), problem)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 32),
+    mask=masks(160),
+    heads=st.sampled_from([(2, 1), (1, 1)]),
+    head_dim=st.sampled_from([64, 128]),
+)
+def test_generated_masks(seed: int, mask: AttnMask, heads: tuple[int, int], head_dim: int) -> None:
+    problem = make_problem(mask, heads, head_dim)
+    check_bound(run_engine(EmulatedEngine(seed, 2), problem), problem)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads"),
+    [
+        (torch.bfloat16, 64, (2, 2)),
+        (torch.bfloat16, 64, (3, 1)),
+        (torch.bfloat16, 128, (2, 2)),
+        (torch.bfloat16, 128, (3, 1)),
+        (torch.float16, 128, (4, 2)),
+        (torch.bfloat16, 96, (4, 2)),
+        (torch.float16, 96, (3, 1)),
+        (torch.bfloat16, 40, (4, 1)),
+    ],
+)
+def test_types_and_shapes(engine: EmulatedEngine, dtype: torch.dtype, head_dim: int, heads: tuple[int, int]) -> None:
+    problem = make_problem(named_masks(260)["varlen sliding window causal"], heads, head_dim, dtype)
+    check_bound(run_engine(engine, problem), problem)
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
+@pytest.mark.parametrize("name", ["varlen causal", SEVERAL])
+def test_softcap(engine: EmulatedEngine, name: str, heads: tuple[int, int]) -> None:
+    problem = make_problem(named_masks(260)[name], heads, softcap=0.8)
+    check_bound(run_engine(engine, problem), problem)
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
+@pytest.mark.parametrize("rows", [61, 63, 64, 65, 127, 129, 130])
+def test_lengths_around_tile_edges(engine: EmulatedEngine, rows: int, heads: tuple[int, int]) -> None:
+    mask = AttnMask.from_slices([(0, rows)], [(0, rows + 2)], "causal", rows, rows + 2)
+    problem = make_problem(mask, heads)
+    check_bound(run_engine(engine, problem), problem)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0), (0, 0), (1, 1), (1, 300), (300, 1)])
+def test_few_rows_or_keys(engine: EmulatedEngine, rows: int, keys: int) -> None:
+    problem = make_problem(AttnMask.from_slices([(0, rows)], [(0, keys)], "full", rows, keys))
+    check_bound(run_engine(engine, problem), problem)
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_documents_around_tile_edges(engine: EmulatedEngine, heads: tuple[int, int], head_dim: int) -> None:
+    problem = make_problem(documents([63, 127, 1, 64, 128, 65], causal=True), heads, head_dim)
+    check_bound(run_engine(engine, problem), problem)
+
+
+def test_documents_of_length_one(engine: EmulatedEngine) -> None:
+    problem = make_problem(documents([1] * 140), (2, 2))
+    results = run_engine(engine, problem)
+    check_bound(results, problem)
+    assert torch.equal(results[0], problem.v), "attention to one key is its value"
+
+
+@pytest.mark.parametrize("bounds", [[100], [0, 64, 190]])
+@pytest.mark.parametrize("name", ["causal", SEVERAL, "holes"])
+def test_parts_of_the_keys(engine: EmulatedEngine, name: str, bounds: list[int]) -> None:
+    problem = make_problem(named_masks(230)[name], head_dim=64 if name == "causal" else 128)
+    check_bound(run_in_parts(engine, problem, bounds), problem)
+
+
+def test_what_keys_add_nothing_to_is_kept_to_the_bit(engine: EmulatedEngine) -> None:
+    """Rows of a window without keys, and rows without keys in a window with some."""
+    problem = make_problem(AttnMask.from_slices([(70, 90)], [(0, 30)], "full", 200, 30), (2, 1))
+    schedule = engine.schedule(problem.mask.bands, 200, 30)
+    onto = torch.randn(200, 2, 64), torch.randn(2, 200)
+    onto[0][80:100], onto[1][:, 80:100] = 0, -torch.inf
+    before = [x.clone() for x in onto]
+    engine.forward(problem.q, problem.k, problem.v, schedule, problem.params, onto=onto)
+    alone, lse_alone = engine.forward(problem.q, problem.k, problem.v, schedule, problem.params)
+    kept = torch.ones(200, dtype=torch.bool)
+    kept[70:90] = False
+    assert torch.equal(onto[0][kept], before[0][kept]) and torch.equal(onto[1][:, kept], before[1][:, kept])
+    assert torch.equal(onto[0][80:90], alone[80:90])
+    weight = torch.sigmoid(lse_alone - before[1])[:, 70:80].T.unsqueeze(2)
+    torch.testing.assert_close(onto[0][70:80], torch.lerp(before[0][70:80], alone[70:80], weight))
+    torch.testing.assert_close(onto[1][:, 70:90], torch.logaddexp(lse_alone, before[1])[:, 70:90])
+
+
+@pytest.mark.parametrize("run", [run_engine, lambda engine, problem: run_in_parts(engine, problem, [100])])
+def test_what_rows_that_attend_nothing_hold_does_not_matter(
+    engine: EmulatedEngine, run: Callable[..., list[torch.Tensor]]
+) -> None:
+    mask = AttnMask.from_slices([(3, 140), (150, 210)], [(0, 130), (20, 160)], ["causal", "full"], 230, 160)
+    problem = make_problem(mask)
+    empty = ~torch.from_numpy(mask.to_dense()).any(1)
+    poisoned = replace(
+        problem,
+        dout=problem.dout.masked_fill(empty[:, None, None], 1000.0),
+        dlse=problem.dlse.masked_fill(empty, torch.nan),
+    )
+    results = run(engine, poisoned)
+    check_bound(results, problem)
+    assert not results[0][empty].any() and not results[2][empty].any()
+
+
+@pytest.mark.parametrize("name", ["dout", "dlse"])
+def test_a_gradient_that_is_not_there_is_zero(engine: EmulatedEngine, name: str) -> None:
+    problem = make_problem(builders.causal(130), (2, 1))
+    without = replace(problem, **{name: None})
+    setattr(problem, name, torch.zeros_like(getattr(problem, name)))
+    check_bound(run_engine(engine, without), problem)
+
+
+def test_any_strides(engine: EmulatedEngine) -> None:
+    """The last dimension is not contiguous, then the first is the fastest but one, then there is padding."""
+    problem = make_problem(builders.causal(130), (2, 1))
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        wide = x.new_full((x.shape[0] + 64, x.shape[1] + 2, x.shape[2] + 16), torch.nan)
+        return wide[32:-32, 1:-1, : x.shape[2]].copy_(x)
+
+    for layout in (
+        lambda x: x.movedim(2, 0).contiguous().movedim(0, 2),
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        padded,
+    ):
+        moved = replace(problem, **{name: layout(getattr(problem, name)) for name in ("q", "k", "v", "dout")})
+        moved.dlse = problem.dlse.T.contiguous().T
+        assert not moved.q.is_contiguous()
+        check_bound(run_engine(engine, moved), problem)
+
+
+@pytest.mark.parametrize("sm_margin", [3, 100])
+def test_some_multiprocessors_left_to_others(engine: EmulatedEngine, sm_margin: int) -> None:
+    problem = make_problem(named_masks(260)["varlen causal"])
+    problem.params = replace(problem.params, sm_margin=sm_margin)
+    check_bound(run_engine(engine, problem), problem)
+
+
+def test_fewer_heads_at_a_time_than_there_are(engine: EmulatedEngine) -> None:
+    problem = make_problem(builders.causal(200), (8, 4))
+    engine.launch.KEYS_IN_CACHE = 8 * 200 * 64 * 2
+    check_bound(run_engine(engine, problem), problem)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
+    """Of those results that are not added up in memory, every bit; and nobody is in anybody's way."""
+    problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dim)
+    first, *others = (run_engine(EmulatedEngine(seed, 2), problem) for seed in range(8))
+    for results in (first, *others):
+        check_bound(results, problem)
+        assert all(torch.equal(results[n], first[n]) for n in (0, 1, 3, 4))

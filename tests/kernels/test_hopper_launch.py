@@ -1,0 +1,211 @@
+"""The hopper engine up to the driver's launches: which kernels with which arguments, compiled how often.
+
+Kernels are compiled for an H100, nothing runs.
+"""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from magi_attention.functional import flex_flash_attn_func
+from magi_attention.kernels import hopper
+from magi_attention.kernels.hopper.launcher import Tiles, _kind
+from magi_attention.kernels.params import AttnParams
+from magi_attention.mask import AttnMask, builders
+from magi_attention.testing.mask_zoo import named_masks
+
+from .fake_cuda_driver import NUM_MULTIPROCESSORS, FakeCudaDriver, Launch, fake_h100
+
+BF16 = torch.bfloat16
+TRITON_TYPES = {BF16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+@pytest.fixture(scope="module")
+def h100(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCudaDriver]:
+    with pytest.MonkeyPatch.context() as patch, fake_h100() as driver:
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("kernels")))
+        yield driver
+
+
+@pytest.fixture
+def driver(h100: FakeCudaDriver) -> Iterator[FakeCudaDriver]:
+    """The driver, whose launches must each be of a kernel that was compiled for such arguments."""
+    h100.launches.clear()
+    yield h100
+    for launch in h100.launches:
+        check_fit(launch)
+
+
+def check_fit(launch: Launch) -> None:
+    """Whether all that the kernel was compiled for is true of the arguments, and Triton takes the descriptors."""
+    arguments = list(launch.arguments.values())
+    assert list(launch.source.signature.values()) == [
+        "constexpr" if type_ == "constexpr" else type_of(x, type_)
+        for x, type_ in zip(arguments, launch.source.signature.values(), strict=True)
+    ]
+    for path, value in launch.source.constants.items():
+        assert at(arguments, path) == value
+    for path, promises in launch.source.attrs.items():
+        x = at(arguments, path)
+        for promise in promises:
+            number = x.data_ptr() if isinstance(x, torch.Tensor) else x
+            assert promise == ["tt.divisibility", 16] and number % 16 == 0
+    for x in arguments:
+        if isinstance(x, Tiles):
+            TensorDescriptor.__post_init__(x)
+
+
+def at(arguments: Any, path: tuple[int, ...]) -> Any:
+    for n in path:
+        arguments = arguments[n]
+    return arguments
+
+
+def type_of(x: Any, as_compiled: Any) -> Any:
+    """Triton's name of the type of an argument."""
+    if isinstance(x, tuple):
+        return type(x)(*map(type_of, x, as_compiled))
+    if as_compiled == "constexpr":
+        return "constexpr"
+    if isinstance(x, torch.Tensor):
+        return "*" + TRITON_TYPES[x.dtype]
+    if isinstance(x, Tiles):
+        return f"tensordesc<{TRITON_TYPES[x.base.dtype]}{x.block_shape},{x.layout!r}>"
+    return "fp32" if isinstance(x, float) else "i32" if -(2**31) <= x < 2**31 else "i64"
+
+
+def make_inputs(tokens: int, heads: tuple[int, int] = (4, 2), head_dim: int = 64) -> list[torch.Tensor]:
+    return [torch.zeros(tokens, n, head_dim, dtype=BF16) for n in (heads[0], heads[1], heads[1])]
+
+
+def run(mask: AttnMask, inputs: list[torch.Tensor], params: AttnParams = AttnParams(1.0)) -> None:  # noqa: B008
+    """Forward and backward, as one part of the keys and merged into the result over others."""
+    q, k, v = inputs
+    schedule = hopper.schedule(mask.bands, mask.total_seqlen_q, mask.total_seqlen_k)
+    out, lse = hopper.forward(q, k, v, schedule, params, BF16)
+    hopper.forward(q, k, v, schedule, params, onto=(out.float(), lse))
+    grads = hopper.start_backward(out, q, lse, None, params)
+    hopper.backward(grads, q, k, v, schedule, params, BF16)
+    hopper.finish_backward(grads, params, BF16)
+
+
+def last(driver: FakeCudaDriver, kernel: str) -> Launch:
+    return next(launch for launch in reversed(driver.launches) if launch.kernel == kernel)
+
+
+def test_one_call(driver: FakeCudaDriver) -> None:
+    q, k, v = (x.requires_grad_() for x in make_inputs(300))
+    ranges = torch.tensor([[0, 300]], dtype=torch.int32)
+    out, lse = flex_flash_attn_func(q, k, v, ranges, ranges, softmax_scale=0.5, engine="hopper")
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    forward, start, backward, finish = driver.launches
+    assert [launch.kernel for launch in driver.launches] == [
+        "forward_kernel",
+        "start_kernel",
+        "backward_kernel",
+        "finish_kernel",
+    ]
+
+    # Of 2 heads together 64 tokens are a window: 5 windows, each for 2 pairs of heads; of 128 keys, 3 for 2 heads.
+    assert forward.grid == (10, 1, 1) and backward.grid == (6, 1, 1)
+    assert start.grid == finish.grid == (4, -(-300 // 32), 1)
+    arguments = forward.arguments
+    assert [arguments[name].base is x for name, x in (("q_desc", q), ("k_desc", k), ("v_desc", v))] == [True] * 3
+    assert arguments["out_desc"].base is arguments["out"].rows.ptr
+    assert arguments["out"].rows.ptr.data_ptr() == out.data_ptr() and arguments["out"].lse.data_ptr() == lse.data_ptr()
+    walk = arguments["walk"]
+    assert (walk.num_windows, walk.heads, walk.num_items) == (5, 2, 10) and len(walk.windows) == 5
+    assert arguments["scales"].product == 0.5
+    assert (arguments["GROUP"], arguments["PACK"], arguments["HEAD_DIM"]) == (2, 2, 64)
+    assert not (arguments["MERGE"] or arguments["SOFTCAP"] or arguments["LAYERED"])
+
+    arguments = backward.arguments
+    assert arguments["q_desc"].base.data_ptr() == q.data_ptr() and tuple(arguments["q_desc"].shape) == q.shape
+    for name, grad in (("dk", dk), ("dv", dv)):
+        assert arguments[f"{name}_desc"].base.data_ptr() == arguments[f"{name}_rows"].ptr.data_ptr() == grad.data_ptr()
+    assert arguments["lse_desc"].base.data_ptr() == start.arguments["neg_lse"].data_ptr()
+    assert arguments["delta_desc"].base.data_ptr() == start.arguments["neg_delta"].data_ptr()
+    assert arguments["dq_desc"].base.data_ptr() == finish.arguments["sums"].data_ptr()
+    assert finish.arguments["dq"].data_ptr() == dq.data_ptr()
+
+
+def test_other_masks_and_lengths_compile_nothing(h100: FakeCudaDriver) -> None:
+    """Numbers of windows, items and tokens that are 1, multiples of 16, and neither; compiled for the first."""
+    for first in (1, 2048, 1000):
+        with fake_h100() as driver:
+            run(builders.causal(first), make_inputs(first))
+            assert driver.num_compiled == 5
+            for tokens in (1, 7, 16, 64, 65, 512, 1000, 2048):
+                window = builders.sliding_window(tokens, (5, 0))
+                for mask in (builders.causal(tokens), builders.full(tokens), window):
+                    run(mask, make_inputs(tokens))
+            assert driver.num_compiled == 5
+            for launch in driver.launches:
+                check_fit(launch)
+
+
+def test_masks_of_several_intervals_have_their_own_kernels(driver: FakeCudaDriver) -> None:
+    run(builders.causal(75), make_inputs(75))
+    compiled = driver.num_compiled
+    driver.launches.clear()
+    run(named_masks(75)["several intervals a row"], make_inputs(75))
+    layered = [launch for launch in driver.launches if launch.arguments.get("LAYERED")]
+    assert layered and driver.num_compiled == compiled + len(layered)
+
+
+def test_strides_that_are_no_multiples_of_16(driver: FakeCudaDriver) -> None:
+    """Kernels are compiled for strides, and both kinds can take turns."""
+    schedule, params = hopper.schedule(builders.causal(75).bands, 75, 75), AttnParams(1.0)
+    for heads in (2, 1, 2):
+        q, k, v = make_inputs(75, (heads, heads), 8)
+        out, lse = hopper.forward(q, k, v, schedule, params, BF16)
+        assert last(driver, "forward_kernel").arguments["out"].rows.token_stride == heads * 8
+        hopper.start_backward(out, q, lse, None, params)
+        assert last(driver, "start_kernel").arguments["dout"].token_stride == heads * 8
+
+
+def test_tensors_that_bulk_copies_cannot_read_are_copied(driver: FakeCudaDriver) -> None:
+    mask = builders.causal(40)
+    q, k, v = make_inputs(40)
+    awkward = {
+        "16 bytes between rows, one more at the start": torch.zeros(q.numel() + 1, dtype=BF16)[1:].view(q.shape),
+        "rows at odd places": torch.zeros(40, 4, 65, dtype=BF16)[:, :, :64],
+        "dimensions apart": torch.zeros(40, 64, 4, dtype=BF16).transpose(1, 2),
+        "one row for all": torch.zeros(1, 4, 64, dtype=BF16).expand(40, 4, 64),
+    }
+    for x in awkward.values():
+        run(mask, [x, k, v])
+    fitting = torch.zeros(40, 6, 72, dtype=BF16)[:, 1:5, 8:]
+    run(mask, [fitting, k, v])
+    assert last(driver, "forward_kernel").arguments["q_desc"].base is fitting
+
+
+def test_kernels_stay_on_the_multiprocessors_that_are_theirs(driver: FakeCudaDriver) -> None:
+    run(builders.causal(4096), make_inputs(4096), AttnParams(1.0, sm_margin=32))
+    for launch in driver.launches:
+        if launch.kernel in ("forward_kernel", "backward_kernel"):
+            assert launch.grid == (min(launch.arguments["walk"].num_items, NUM_MULTIPROCESSORS - 32), 1, 1)
+
+
+def test_what_no_kernel_takes() -> None:
+    with pytest.raises(TypeError, match="no list"):
+        _kind([1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_benchmark_of_the_host_time(h100: FakeCudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    bench = importlib.import_module("bench_host_time")
+    monkeypatch.setattr(bench, "CALLS", 2)
+    with bench.gpu_or_none() as device:
+        times = {name: bench.host_time(call, 1) for name, call in bench.make_calls(device, 16, (4, 2), 64).items()}
+    assert len(times) == 6 and all(us > 0 for us in times.values())
