@@ -20,7 +20,7 @@ python_maximum_signature_line_length = 88
 
 # Every reference must lead somewhere, but for other projects' types: their documentation is not here.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(numpy|torch|os|collections|enum)\..*")]
+nitpick_ignore_regex = [("py:.*", r"(numpy|torch|os|collections|enum|typing)\..*")]
 
 myst_heading_anchors = 3
 

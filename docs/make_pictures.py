@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispatchAlg, MinHeapDispatchAlg, OverlapConfig
+from magi_attention.kernels.hopper.walk import ROW_BEGINS_INSIDE, ROW_ENDS_INSIDE, Walk, build_walk
+from magi_attention.mask import builders
 from magi_attention.mask.attn_mask import AttnMask
-from magi_attention.mask.bands import area, crop
+from magi_attention.mask.bands import K0, Q0, area, crop, transpose
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.planning import AttnPlan, RankPlan, plan_attention
 from magi_attention.planning.load_balance import contiguous
@@ -78,6 +80,14 @@ def mask_types() -> str:
     return picture.svg()
 
 
+def draw_band(picture: Picture, band: np.ndarray, left: float, top: float, scale: float, color: str) -> None:
+    """The cells of a band, in a mask whose first cell is at ``left`` and ``top``."""
+    q0, q1, k0, k1, lo, hi = band.tolist()
+    corners = sorted({q0, q1, *(y for y in (k0 - lo, k1 - hi - 1) if q0 < y < q1)})
+    outline = [(max(k0, y + lo), y) for y in corners] + [(min(k1, y + hi + 1), y) for y in reversed(corners)]
+    picture.polygon([(left + x * scale, top + y * scale) for x, y in outline], color)
+
+
 def draw_mask(picture: Picture, plan_mask: AttnMask, owner: np.ndarray, left: float, top: float, side: float) -> None:
     """The mask with each chunk of queries in the colour of its rank."""
     scale = side / plan_mask.total_seqlen_q
@@ -85,10 +95,8 @@ def draw_mask(picture: Picture, plan_mask: AttnMask, owner: np.ndarray, left: fl
     first = np.flatnonzero(np.diff(owner, prepend=-1))  # chunks of one rank that stand together are drawn as one
     borders = np.append(first, len(owner)) * CHUNK_SIZE
     pieces, run, _ = crop(plan_mask.bands, borders[:-1], borders[1:])
-    for (q0, q1, k0, k1, lo, hi), rank in zip(pieces.tolist(), owner[first[run]], strict=True):
-        corners = sorted({q0, q1, *(y for y in (k0 - lo, k1 - hi - 1) if q0 < y < q1)})
-        outline = [(max(k0, y + lo), y) for y in corners] + [(min(k1, y + hi + 1), y) for y in reversed(corners)]
-        picture.polygon([(left + x * scale, top + y * scale) for x, y in outline], RANK_COLORS[rank])
+    for band, rank in zip(pieces, owner[first[run]], strict=True):
+        draw_band(picture, band, left, top, scale, RANK_COLORS[rank])
     for start, end, rank in zip(borders[:-1], borders[1:], owner[first], strict=True):
         picture.box(left - 12, top + start * scale, 8, (end - start) * scale, RANK_COLORS[rank])
 
@@ -192,11 +200,82 @@ def draw_timeline(picture: Picture, plan: RankPlan, top: float) -> None:
         done = block(max(done, arrival), int(area(stage.bands).sum()) * per_cell, compute, RANK_COLORS[0], f"{n}")
 
 
+TILE_COLORS = {
+    0: (RANK_COLORS[0], "whole: no mask"),
+    ROW_ENDS_INSIDE: (RANK_COLORS[1], "a row ends inside"),
+    ROW_BEGINS_INSIDE: (RANK_COLORS[3], "a row begins inside"),
+    ROW_BEGINS_INSIDE | ROW_ENDS_INSIDE: (RANK_COLORS[2], "both"),
+}
+
+
+def tiles() -> str:
+    """The walks of the forward and of the backward kernel through one mask."""
+    cu_seqlens = builders.cu_seqlens_from_lengths([200, 20, 40, 640])
+    mask = builders.global_sliding_window(cu_seqlens, (319, 0), 128, causal=True)
+    side, gap, top = 430, 56, 62
+    picture = Picture(2 * side + 2 * gap + 16, top + side + 44)
+    size, bands = mask.total_seqlen_q, mask.bands
+    forward = build_walk(bands, size, size, 64, 128)
+    picture.text(gap, 24, "forward: windows of 64 queries, tiles of 128 keys", size=15)
+    draw_walk(picture, mask, forward, -128, gap, top, side / size, transposed=False)
+    backward = build_walk(transpose(bands), size, size, 128, 64, align=4, ascending=True)
+    left = 2 * gap + side
+    picture.text(left, 24, "backward: windows of 128 keys, tiles of 64 queries", size=15)
+    draw_walk(picture, mask, backward, 64, left, top, side / size, transposed=True)
+    x = float(gap)
+    for color, text in TILE_COLORS.values():
+        picture.box(x, top + side + 20, 14, 14, color)
+        picture.text(x + 20, top + side + 32, text)
+        x += 170
+    return picture.svg()
+
+
+def draw_walk(
+    picture: Picture,
+    mask: AttnMask,
+    walk: Walk,
+    step: int,
+    left: float,
+    top: float,
+    scale: float,
+    transposed: bool,
+) -> None:
+    """Every tile with its cells, numbered as a program visits them, ``step`` columns from one to the next of an entry;
+    windows are numbered from the heaviest to the lightest."""
+    picture.box(left, top, walk.num_cols * scale, walk.num_rows * scale, PALE)
+    for number, (row, num_rows, entry, num_tiles) in enumerate(walk.windows.tolist()):
+        run = 0
+        for visit in range(num_tiles):
+            if run == 0:
+                col, run, code, _ = walk.entries[entry].tolist()
+                entry += 1
+            rows, cols = (row, row + num_rows), (col, min(col + abs(step), walk.num_cols))
+            queries, keys = (cols, rows) if transposed else (rows, cols)
+            color, _ = TILE_COLORS[code & 3]
+            x, y = left + keys[0] * scale, top + queries[0] * scale
+            width, height = (keys[1] - keys[0]) * scale, (queries[1] - queries[0]) * scale
+            picture.box(x, y, width, height, blend("#ffffff", color, 0.3), stroke="white")
+            pieces, _, _ = crop(mask.bands, *(np.array([bound]) for bound in queries), Q0)
+            pieces, _, _ = crop(pieces, *(np.array([bound]) for bound in keys), K0)
+            for band in pieces:
+                draw_band(picture, band, left, top, scale, color)
+            if num_rows > 20:
+                ink = INK if code & 3 else "white"
+                picture.text(x + width / 2, y + height / 2 + 4, f"{visit}", anchor="middle", size=11, fill=ink)
+            run, col = run - 1, col + step
+        middle = (row + num_rows / 2) * scale
+        if transposed:
+            picture.text(left + middle, top - 8, f"{number}", anchor="middle", size=11)
+        else:
+            picture.text(left - 8, top + middle + 4, f"{number}", anchor="end", size=11)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "mask_types.svg": mask_types,
     "dispatch.svg": dispatch,
     "group_cast.svg": group_cast,
     "stages.svg": stages,
+    "tiles.svg": tiles,
 }
 
 
