@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal, get_args
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,36 @@ class MinHeapDispatchAlg:
 
 
 DispatchAlg = LocalityDispatchAlg | MinHeapDispatchAlg
+DispatchOrder = Literal["balanced", "contiguous", "zigzag"]
 
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """How chunks are given to ranks."""
+    """How chunks are given to ranks. Each rank gets the same number, and keeps them in ascending order.
+
+    Attributes:
+        alg: The rule of the ``"balanced"`` order; the others leave nothing to decide, so there it stays the default.
+        order: Which chunks a rank may have.
+
+            * ``"balanced"``: any, as ``alg`` chooses them.
+            * ``"contiguous"``: rank r has the r-th of ``cp_size`` equal runs of the sequence. For models with other
+              layers that need neighbouring tokens, such as convolutions and state-space models. The areas are what
+              the mask makes them: under plain causal attention the last rank has almost twice the mean.
+            * ``"zigzag"``: the sequence is cut into ``2 * cp_size`` runs, and rank r has run r and run
+              ``2 * cp_size - 1 - r``: two runs of neighbours, and balance under plain causal attention. With an odd
+              number of chunks a rank, its two runs differ by one chunk.
+    """
 
     alg: DispatchAlg = field(default_factory=LocalityDispatchAlg)
+    order: DispatchOrder = "balanced"
 
     def __post_init__(self) -> None:
         _check_type("alg", self.alg, (LocalityDispatchAlg, MinHeapDispatchAlg))
+        if self.order not in get_args(DispatchOrder):
+            orders = ", ".join(map(repr, get_args(DispatchOrder)))
+            raise ValueError(f"order must be one of {orders}, not {self.order!r}")
+        if self.order != "balanced" and self.alg != LocalityDispatchAlg():
+            raise ValueError(f"alg must be left out with order {self.order!r}, which leaves it nothing to decide")
 
 
 class AttnOverlapMode(Enum):

@@ -1,4 +1,4 @@
-"""``magi-attention plan``: what it prints and writes."""
+"""The command line: what it prints and writes, and its exit status."""
 
 import json
 import subprocess
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from magi_attention.cli import MASKS, main
+from magi_attention.cli import doctor, main
+from magi_attention.cli.plan import MASKS
 from magi_attention.mask import builders
 
 LENGTHS = [700, 1, 333, 40, 150]
@@ -32,6 +34,8 @@ def test_json_is_exact(lengths: Path, tmp_path: Path) -> None:
     assert (result["cp_size"], result["chunk_size"], result["total_seqlen"], result["pad_size"]) == (4, 16, 1224, 56)
     assert result["plan_ms"] > 0
     ranks = result["ranks"]
+    areas = [r["area"] for r in ranks]
+    assert result["imbalance"] == pytest.approx(max(areas) / (sum(areas) / 4), abs=1e-6)
     assert [r["rank"] for r in ranks] == [0, 1, 2, 3]
     assert {r["tokens"] for r in ranks} == {320}
     assert sorted(c for r in ranks for c in r["chunks"]) == list(range(80))
@@ -64,6 +68,25 @@ def test_plot_and_heap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("balance", "chunks", "imbalance"),
+    [
+        ("contiguous", [[0, 1, 2, 3], [4, 5, 6, 7]], 1.5),
+        ("zigzag", [[0, 1, 6, 7], [2, 3, 4, 5]], 1.0),
+    ],
+)
+def test_orders_that_keep_neighbours(
+    balance: str, chunks: list[list[int]], imbalance: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    arguments = ("--mask", "causal", "--seqlen", 8000, "--cp-size", 2, "--chunk-size", 1000, "--json", out)
+    assert plan(*arguments, "--balance", balance) == 0
+    result = json.loads(out.read_text())
+    assert [r["chunks"] for r in result["ranks"]] == chunks
+    assert result["imbalance"] == pytest.approx(imbalance, abs=1e-3)
+    assert f"imbalance {imbalance:.3f}: area of the most loaded rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("[1, -2]", "JSON list of document lengths"), ("[]", "JSON list"), ("{}", "JSON list"), ("[1", "is not JSON")],
 )
@@ -90,3 +113,51 @@ def test_as_a_module() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "planned for one rank in" in done.stdout
+
+
+def test_doctor_on_a_sound_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch           {torch.__version__}" in printed
+    assert "on cpu, bfloat16 head_dim 64, " in printed and "float32 head_dim 256:" in printed
+    assert "  reference: chosen" in printed
+    assert "cpu, bfloat16 head_dim 64: ok" in printed and printed.endswith("all is well\n")
+
+
+@pytest.mark.parametrize("name", doctor.RESULTS)
+def test_doctor_sees_a_wrong_result(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row of one result is off by 0.1."""
+    sound = doctor.with_gradients
+    calls = []
+
+    def lossy(*args: object) -> tuple[torch.Tensor, ...]:
+        results = list(sound(*args))  # type: ignore[arg-type]
+        calls.append(None)
+        if len(calls) == 1:  # the library's, before the two dense ones
+            results[doctor.RESULTS.index(name)][3] += 0.1
+        return tuple(results)
+
+    monkeypatch.setattr(doctor, "with_gradients", lossy)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert f"cpu, bfloat16 head_dim 64: FAILED, {name}: error" in printed
+    assert "attention does not work here" in printed
+
+
+def test_doctor_survives_an_engine_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(doctor, "flex_flash_attn_func", broken)
+    assert main(["doctor"]) == 1
+    assert "FAILED, RuntimeError: no such instruction" in capsys.readouterr().out
+
+
+def test_doctor_tests_float32_where_it_is_another_path() -> None:
+    cases = doctor.cases_to_test(torch.device("cuda"))
+    assert (torch.float32, 64) in cases
+    assert doctor.self_test(torch.device("cpu"), torch.float32, 64) is None

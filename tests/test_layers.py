@@ -20,11 +20,13 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"mask"},
     "runtime": {"mask", "planning", "comm", "kernels", "config"},
     "functional": {"mask", "kernels"},
+    "interop": {"mask"},
     "api": {"mask", "planning", "kernels", "runtime", "functional", "config"},
     "common": {"mask", "config"},
     "testing": {"mask", "kernels"},
+    "integrations": {"mask", "runtime", "api", "config"},
     "viz": {"mask", "planning"},
-    "cli": {"mask", "planning", "kernels", "config", "functional", "api", "viz"},
+    "cli": {"mask", "planning", "kernels", "config", "functional", "api", "viz", "testing"},
     "__main__": {"cli"},
 }
 
@@ -97,6 +99,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("magi_attention.kernels.reference", "from torch import distributed"),
         ("magi_attention.planning.chunks", "import torch"),
         ("magi_attention.api.functools", "from magi_attention.cli import main"),
+        ("magi_attention.api.functools", "def f():\n    import magi_attention.integrations.transformers"),
     ],
 )
 def test_a_wrong_import_is_seen(module: str, source: str) -> None:
@@ -132,9 +135,11 @@ print(*loaded)
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("module", ["magi_attention", "magi_attention.api", "magi_attention.functional"])
+@pytest.mark.parametrize(
+    "module", ["magi_attention", "magi_attention.api", "magi_attention.functional", "magi_attention.kernels"]
+)
 def test_import_loads_no_kernel_language_and_touches_no_device(module: str) -> None:
-    assert loaded_by(f"import {module}", "triton", "matplotlib", "rich") == []
+    assert loaded_by(f"import {module}", "triton", "matplotlib", "rich", "transformers") == []
 
 
 @pytest.mark.parametrize("module", ["magi_attention", "magi_attention.mask", "magi_attention.planning"])

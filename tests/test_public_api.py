@@ -48,13 +48,24 @@ class Interface:
     ): ...  # fmt: skip
 
     @staticmethod
+    def make_varlen_key_for_new_mask_after_dispatch(
+        cu_seqlens_q, cu_seqlens_k, key_for_dispatch, causal=False, window_size=(-1, -1), dist_attn_config=None,
+        *, plan=None,
+    ): ...  # fmt: skip
+
+    @staticmethod
+    def make_flex_key_for_new_mask_after_dispatch(
+        q_ranges, k_ranges, attn_mask_type, key_for_dispatch, dist_attn_config=None, *, plan=None
+    ): ...
+
+    @staticmethod
     def dispatch(x, key): ...
 
     @staticmethod
     def undispatch(x, key): ...
 
     @staticmethod
-    def calc_attn(q, k, v, key): ...
+    def calc_attn(q, k, v, key, *, softmax_scale=None, softcap=0.0, deterministic=False, sm_margin=0, engine=None): ...
 
     @staticmethod
     def get_position_ids(key): ...
@@ -70,6 +81,13 @@ class Functools:
     def compute_pad_size(total_seqlen_q, cp_size, chunk_size): ...
 
 
+class Roll:
+    """The signature in `magi_attention.api.roll`."""
+
+    @staticmethod
+    def roll(x, shift, dim, key): ...
+
+
 class FlexFlashAttn:
     """The published signatures of `magi_attention.functional.flex_flash_attn`."""
 
@@ -77,6 +95,7 @@ class FlexFlashAttn:
     def flex_flash_attn_func(
         q, k, v, q_ranges, k_ranges, max_seqlen_q=None, max_seqlen_k=None, attn_type_map=None, softmax_scale=None,
         softcap=0.0, deterministic=False, sm_margin=0, disable_fwd_atomic_reduction=False, auto_range_merge=False,
+        *, engine=None,
     ): ...  # fmt: skip
 
 
@@ -85,6 +104,7 @@ PUBLISHED = [
     for module, signatures in [
         ("magi_attention.api.magi_attn_interface", Interface),
         ("magi_attention.api.functools", Functools),
+        ("magi_attention.api.roll", Roll),
         ("magi_attention.functional.flex_flash_attn", FlexFlashAttn),
     ]
     for name in vars(signatures)

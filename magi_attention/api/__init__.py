@@ -22,9 +22,12 @@ from magi_attention.api.magi_attn_interface import (
     magi_attn_flex_key,
     magi_attn_varlen_dispatch,
     magi_attn_varlen_key,
+    make_flex_key_for_new_mask_after_dispatch,
+    make_varlen_key_for_new_mask_after_dispatch,
     set_plan_cache_capacity,
     undispatch,
 )
+from magi_attention.api.roll import roll
 from magi_attention.config import (
     AttnOverlapMode,
     DispatchConfig,
@@ -36,7 +39,7 @@ from magi_attention.config import (
 )
 from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges
-from magi_attention.planning import plan_attention
+from magi_attention.planning import plan_attention, plan_new_mask
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
 __all__ = [
@@ -69,8 +72,12 @@ __all__ = [
     "magi_attn_flex_key",
     "magi_attn_varlen_dispatch",
     "magi_attn_varlen_key",
+    "make_flex_key_for_new_mask_after_dispatch",
+    "make_varlen_key_for_new_mask_after_dispatch",
     "pad_at_dim",
     "plan_attention",
+    "plan_new_mask",
+    "roll",
     "set_plan_cache_capacity",
     "squash_batch_dim",
     "undispatch",

@@ -17,7 +17,7 @@ from magi_attention.runtime.dispatch import Dispatch, Undispatch
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.groups import position_device, resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.make_key import make_key, ready_runtime
+from magi_attention.runtime.make_key import make_key, make_key_after_dispatch, ready_runtime
 
 CuSeqlens = torch.Tensor | Sequence[int]
 MaskTypes = AttnMaskType | str | Sequence[AttnMaskType | str]
@@ -229,6 +229,84 @@ def magi_attn_flex_dispatch(
     return dispatch(x, key), key
 
 
+def make_varlen_key_for_new_mask_after_dispatch(
+    cu_seqlens_q: CuSeqlens,
+    cu_seqlens_k: CuSeqlens,
+    key_for_dispatch: DistAttnRuntimeKey,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    dist_attn_config: DistAttnConfig | None = None,
+    *,
+    plan: AttnPlan | RankPlan | None = None,
+) -> DistAttnRuntimeKey:
+    """Make the key of another mask of packed documents over rows that are dispatched already.
+
+    For models whose layers have different masks, such as full attention and sliding windows in turn: the input is
+    dispatched once, with ``key_for_dispatch``, and every layer calls :func:`calc_attn` with the key of its own mask.
+    The chunks stay on their ranks, and so do the local rows; what is new is which rows travel. The work of the new mask
+    is as balanced as the old assignment happens to make it, so dispatch with the mask that costs most.
+
+    Args:
+        cu_seqlens_q: Where the documents begin, and the total, which is that of ``key_for_dispatch``.
+        cu_seqlens_k: The same for keys.
+        key_for_dispatch: The key that the input was dispatched with, or another one made for its rows.
+        causal: Whether a query attends only the keys up to its own position in its document.
+        window_size: Keys seen before (left) and behind (right) the own position, -1 for all. With ``causal`` the right
+            one counts as 0.
+        dist_attn_config: How to split communication into stages; None for the configuration of ``key_for_dispatch``,
+            whose ``dispatch_config`` it must have.
+        plan: A plan made ahead with :func:`~magi_attention.planning.plan_new_mask`.
+
+    Returns:
+        The key. It can be used wherever ``key_for_dispatch`` can: its local rows are the same.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``cu_seqlens`` are malformed or of another total, a window is less than -1, the plan of
+            ``key_for_dispatch`` was evicted, ``dist_attn_config`` would dispatch otherwise, or ``plan`` was made from
+            other arguments.
+    """
+    left, right = window_size
+    mask = builders.sliding_window(cu_seqlens_q, (left, 0 if causal else right), cu_seqlens_k)
+    return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan)
+
+
+def make_flex_key_for_new_mask_after_dispatch(
+    q_ranges: AttnRanges,
+    k_ranges: AttnRanges,
+    attn_mask_type: MaskTypes,
+    key_for_dispatch: DistAttnRuntimeKey,
+    dist_attn_config: DistAttnConfig | None = None,
+    *,
+    plan: AttnPlan | RankPlan | None = None,
+) -> DistAttnRuntimeKey:
+    """Make the key of any other mask made of slices over rows that are dispatched already.
+
+    See :func:`make_varlen_key_for_new_mask_after_dispatch`.
+
+    Args:
+        q_ranges: Half-open ranges of queries, within the sequence of ``key_for_dispatch``.
+        k_ranges: As many ranges of keys.
+        attn_mask_type: One mask type for all slices or one each.
+        key_for_dispatch: The key that the input was dispatched with, or another one made for its rows.
+        dist_attn_config: How to split communication into stages; None for the configuration of ``key_for_dispatch``,
+            whose ``dispatch_config`` it must have.
+        plan: A plan made ahead with :func:`~magi_attention.planning.plan_new_mask`.
+
+    Returns:
+        The key, with the local rows of ``key_for_dispatch``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the slices are wrong, as for :func:`magi_attn_flex_key`, the plan of ``key_for_dispatch`` was
+            evicted, ``dist_attn_config`` would dispatch otherwise, or ``plan`` was made from other arguments.
+    """
+    runtimes.get(key_for_dispatch)  # raises for what is no key, before its length is asked for
+    total = key_for_dispatch.total_seqlen_q
+    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total, total)
+    return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan)
+
+
 def dispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
     """Take this rank's rows of a global tensor.
 
@@ -272,12 +350,21 @@ def undispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
 
 
 def calc_attn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: DistAttnRuntimeKey
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key: DistAttnRuntimeKey,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    engine: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of this rank's queries over the keys and values of all ranks, as the key's mask says.
 
     A collective, forward and backward. Each row of k and v goes only to the ranks that attend it; the rows of one stage
-    travel while another is computed. Scores are scaled by ``1 / sqrt(head_dim)``.
+    travel while another is computed.
 
     Args:
         q: Queries of the local rows, shape ``(local_seqlen, num_heads_q, head_dim)``, fp32, fp64, bf16 or fp16.
@@ -285,6 +372,12 @@ def calc_attn(
             ``num_heads_q``.
         v: Values of the local rows, of ``k``'s shape.
         key: The key.
+        softmax_scale: Factor of the scores, ``head_dim ** -0.5`` by default; the same on every rank, as all options.
+        softcap: If not 0, scores ``x`` become ``softcap * tanh(x / softcap)``.
+        deterministic: Ask for engines' gradients that are equal bit by bit from run to run, where that costs time.
+        sm_margin: How many multiprocessors of a GPU kernels leave to others, such as communication.
+        engine: The name of the engine that computes. None chooses one by device, dtype and head_dim, see
+            :func:`magi_attention.kernels.explain`.
 
     Returns:
         ``out`` of ``q``'s shape and dtype, and ``lse``, the natural logarithm of the sum of exponentials of each row's
@@ -292,17 +385,20 @@ def calc_attn(
         ``out = 0``, ``lse = -inf`` and zero gradients. Gradients flow through both.
 
     Raises:
-        TypeError: If ``key`` is no key, or q, k and v are no floating-point tensors of one dtype.
-        ValueError: If shapes do not fit together or to the key, the key's plan was evicted, or the ranks made the key
-            from different masks.
+        TypeError: If ``key`` is no key, q, k and v are no floating-point tensors of one dtype, or an option has the
+            wrong type.
+        ValueError: If shapes do not fit together or to the key, an option is out of bounds, no engine computes such
+            attention, the key's plan was evicted, or the ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
     check_qkv(q, k, v)
     local_seqlen = runtime.plan.dispatch.local_seqlen
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_rows(name, tensor, local_seqlen, "local rows")
-    program = runtime.program(choose_engine(q), q.device)
-    return DistAttn.apply(q, k, v, program, runtime.group, AttnParams(softmax_scale=q.shape[-1] ** -0.5))
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    params = AttnParams(scale, softcap, deterministic, sm_margin)
+    program = runtime.program(choose_engine(q.device, q.dtype, q.shape[2], engine), q.device)
+    return DistAttn.apply(q, k, v, program, runtime.group, params)
 
 
 def get_position_ids(key: DistAttnRuntimeKey) -> torch.Tensor:

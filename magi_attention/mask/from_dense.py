@@ -1,13 +1,13 @@
 """Find the slices of a mask that is given as a dense boolean matrix."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask.attn_mask import AttnMask
+from magi_attention.mask.row_joiner import RowJoiner
 
 if TYPE_CHECKING:
     import torch
@@ -31,57 +31,18 @@ def from_dense(matrix: MatrixLike, max_slices: int = 4096) -> AttnMask:
         ValueError: If ``matrix`` does not have two dimensions, or needs more than ``max_slices`` slices.
     """
     dense = _as_bool_matrix(matrix)
-    bands: list[_GrowingBand] = []
-    above: dict[int, _GrowingBand] = {}  # bands that reach the row before, by the first key of that row
-    for row, intervals in enumerate(_intervals_by_row(dense)):
-        here = {}
-        for start, end in intervals:
-            band = above.get(start) or above.get(start - 1)
-            if band is None or not band.try_extend(start, end):
-                band = _GrowingBand(row, start, end, row, start, end)
-                bands.append(band)
-            here[start] = band
-        above = here
-        if len(bands) > max_slices:
+    joiner = RowJoiner()
+    for intervals in _intervals_by_row(dense):
+        joiner.add_row(intervals)
+        if len(joiner.bands) > max_slices:
             break
-    mask = AttnMask.from_bands(np.array([b.as_row() for b in bands], np.int64).reshape(-1, 6), *dense.shape)
+    mask = joiner.mask(*dense.shape)
     if len(mask.slices) > max_slices:
         raise ValueError(
             f"the {dense.shape[0]} x {dense.shape[1]} matrix needs more than max_slices = {max_slices} slices: "
             "raise max_slices if a mask with so little structure is meant"
         )
     return mask
-
-
-@dataclass(slots=True)
-class _GrowingBand:
-    """Joined intervals of consecutive rows: of the first row and of the last."""
-
-    first_row: int
-    first_start: int
-    first_end: int
-    last_row: int
-    last_start: int
-    last_end: int
-
-    def try_extend(self, start: int, end: int) -> bool:
-        """Take in the next row's interval if a band can hold it.
-
-        Down the rows of a band, the start stays at the left side and then moves by one key a row, and the end moves by
-        one key a row and then stays at the right side.
-        """
-        start_moves, end_moves = start - self.last_start, end - self.last_end
-        start_moved = self.last_start > self.first_start
-        end_stayed = self.last_end - self.first_end < self.last_row - self.first_row
-        if start_moves < start_moved or end_moves not in (0, 1 - end_stayed):
-            return False
-        self.last_row, self.last_start, self.last_end = self.last_row + 1, start, end
-        return True
-
-    def as_row(self) -> tuple[int, int, int, int, int, int]:
-        """``(q0, q1, k0, k1, lo, hi)``."""
-        lo, hi = self.last_start - self.last_row, self.first_end - 1 - self.first_row
-        return self.first_row, self.last_row + 1, self.first_start, self.last_end, lo, hi
 
 
 def _intervals_by_row(dense: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:

@@ -1,6 +1,6 @@
 """Who computes what, and who sends what to whom: pure functions of a mask, a number of ranks and a configuration."""
 
-from magi_attention.planning.attn_plan import AttnPlan, RankPlan, StagePlan, plan_attention
+from magi_attention.planning.attn_plan import AttnPlan, RankPlan, StagePlan, plan_attention, plan_new_mask
 from magi_attention.planning.chunking import compute_pad_size
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.routing import GroupCollectivePlan
@@ -13,4 +13,5 @@ __all__ = [
     "StagePlan",
     "compute_pad_size",
     "plan_attention",
+    "plan_new_mask",
 ]

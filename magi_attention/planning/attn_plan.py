@@ -11,7 +11,7 @@ from magi_attention.mask.bands import IntArray, area, relocate
 from magi_attention.mask.integers import as_int
 from magi_attention.planning.chunking import ChunkWork, compute_pad_size
 from magi_attention.planning.dispatch_plan import DispatchPlan
-from magi_attention.planning.load_balance import min_heap
+from magi_attention.planning.load_balance import contiguous, min_heap, zigzag
 from magi_attention.planning.locality import locality
 from magi_attention.planning.routing import GroupCollectivePlan, Routes, route_stage
 
@@ -42,6 +42,7 @@ class RankPlan:
         rank: This rank.
         local_bands: What the rank's queries attend among its own keys, in local rows.
         stages: The remote work, in order. Every rank has the same number of stages.
+        dispatch_of: The mask that the chunks were given to ranks for; None for ``mask`` itself.
     """
 
     mask: AttnMask
@@ -50,6 +51,7 @@ class RankPlan:
     rank: int
     local_bands: IntArray
     stages: tuple[StagePlan, ...]
+    dispatch_of: AttnMask | None = None
 
     @property
     def blocking(self) -> bool:
@@ -82,6 +84,7 @@ class AttnPlan:
         dispatch: The chunks of all ranks.
         work: Area and needed keys of each chunk.
         routes: All rows that travel.
+        dispatch_of: The mask that the chunks were given to ranks for; None for ``mask`` itself.
     """
 
     mask: AttnMask
@@ -89,6 +92,7 @@ class AttnPlan:
     dispatch: DispatchPlan
     work: ChunkWork
     routes: Routes
+    dispatch_of: AttnMask | None = None
 
     @property
     def cp_size(self) -> int:
@@ -111,7 +115,7 @@ class AttnPlan:
             collective, runs = route_stage(self.routes, self.dispatch, rank, stage)
             stages.append(StagePlan(collective, runs, relocate(rank_bands, local_rows, runs)))
         local_bands = relocate(rank_bands, local_rows, own)
-        return RankPlan(self.mask, self.config, self.dispatch, rank, local_bands, tuple(stages))
+        return RankPlan(self.mask, self.config, self.dispatch, rank, local_bands, tuple(stages), self.dispatch_of)
 
 
 def plan_attention(
@@ -161,10 +165,59 @@ def plan_attention(
     return AttnPlan(mask, config, dispatch, work, routes)
 
 
+def plan_new_mask(mask: AttnMask, plan: AttnPlan | RankPlan, config: DistAttnConfig | None = None) -> AttnPlan:
+    """Plan another mask over a sequence whose chunks have their ranks already, so that local rows stay what they are.
+
+    For models whose layers have different masks: the input is dispatched once. The plan has its own routing and
+    stages; its areas are not balanced anew.
+
+    Args:
+        mask: The other mask, over the same number of rows.
+        plan: The plan to take the chunks from.
+        config: How to split into stages; None for the plan's. Its ``dispatch_config`` must be the plan's.
+
+    Returns:
+        The plan of all ranks.
+
+    Raises:
+        ValueError: If ``mask`` is over another number of rows, or ``config`` would give chunks to ranks otherwise.
+    """
+    config = plan.config if config is None else config
+    check_new_mask(mask, plan, config)
+    dispatch = plan.dispatch
+    dispatched_for = plan.mask if plan.dispatch_of is None else plan.dispatch_of
+    work = ChunkWork.measure(mask, dispatch.chunk_size, len(dispatch.owner))
+    routes = Routes.plan(work.needs_of(dispatch.owner), dispatch, config.overlap_config)
+    return AttnPlan(mask, config, dispatch, work, routes, None if mask == dispatched_for else dispatched_for)
+
+
+def check_new_mask(mask: AttnMask, plan: AttnPlan | RankPlan, config: DistAttnConfig) -> None:
+    """Refuse a mask or a configuration that does not go with rows dispatched before.
+
+    Raises:
+        ValueError: If ``mask`` is over another number of rows, or ``config`` would give chunks to ranks otherwise.
+    """
+    total = plan.dispatch.total_seqlen
+    if (mask.total_seqlen_q, mask.total_seqlen_k) != (total, total):
+        raise ValueError(
+            f"the new mask is over {mask.total_seqlen_q} queries and {mask.total_seqlen_k} keys, but the rows were "
+            f"dispatched for a sequence of {total}"
+        )
+    if config.dispatch_config != plan.config.dispatch_config:
+        raise ValueError(
+            f"dist_attn_config has {config.dispatch_config!r}, but the rows were dispatched with "
+            f"{plan.config.dispatch_config!r}, which a new mask cannot change"
+        )
+
+
 def assign_chunks(work: ChunkWork, cp_size: int, config: DispatchConfig) -> IntArray:
     """The rank of each chunk, by the rule that ``config`` names."""
-    match config.alg:
-        case LocalityDispatchAlg(tolerance=tolerance):
+    match config:
+        case DispatchConfig(order="contiguous"):
+            return contiguous(work, cp_size)
+        case DispatchConfig(order="zigzag"):
+            return zigzag(work, cp_size)
+        case DispatchConfig(alg=LocalityDispatchAlg(tolerance=tolerance)):
             return locality(work, cp_size, tolerance)
         case _:
             return min_heap(work, cp_size)

@@ -40,7 +40,11 @@ def contiguous(work: ChunkWork, cp_size: int) -> IntArray:
 
 
 def zigzag(work: ChunkWork, cp_size: int) -> IntArray:
-    """The sequence cut into ``2 * cp_size`` parts; rank r gets the r-th and the r-th from the end."""
+    """The sequence cut into ``2 * cp_size`` parts; rank r gets the r-th and the r-th from the end.
+
+    With an odd number m of chunks a rank, parts have (m + 1) / 2 and (m - 1) / 2 chunks in turn; those of a rank, one
+    at an even place and one at an odd one, have m together.
+    """
     part = np.arange(work.num_chunks) * 2 * cp_size // work.num_chunks
     return np.minimum(part, 2 * cp_size - 1 - part)
 

@@ -61,3 +61,9 @@ def report_rank(plan: RankPlan) -> RankReport:
         local_area=int(area(plan.local_bands).sum()),
         stages=stages,
     )
+
+
+def area_imbalance(ranks: list[RankReport]) -> float:
+    """Largest area of a rank over the mean; 1 is perfect. The most loaded rank sets the pace for all."""
+    total = sum(rank.area for rank in ranks)
+    return max(rank.area for rank in ranks) * len(ranks) / total if total else 1.0

@@ -22,6 +22,7 @@ class DistAttnRuntimeKey:
         cp_ranks: Global ranks of the context-parallel group, in order.
         group_name: Name of the process group.
         config: The configuration.
+        dispatch_of: The mask that the chunks were given to ranks for, when that is another one than ``mask``.
     """
 
     mask: AttnMask
@@ -30,6 +31,7 @@ class DistAttnRuntimeKey:
     cp_ranks: tuple[int, ...]
     group_name: str
     config: DistAttnConfig
+    dispatch_of: AttnMask | None = None
 
     @property
     def cp_size(self) -> int:
@@ -49,5 +51,6 @@ class DistAttnRuntimeKey:
     @cached_property
     def digest(self) -> bytes:
         """16 bytes that differ when anything differs that ranks must agree on, the same in every process."""
-        parts = (self.pad_size, self.chunk_size, self.cp_ranks, self.config)
+        dispatch_of = None if self.dispatch_of is None else self.dispatch_of.digest
+        parts = (self.pad_size, self.chunk_size, self.cp_ranks, self.config, dispatch_of)
         return hashlib.blake2b(self.mask.digest + repr(parts).encode(), digest_size=16).digest()

@@ -1,11 +1,15 @@
 """From a mask to a key whose plan is in the cache, and back from a key to its plan."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch.distributed as dist
 
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.integers import as_int
-from magi_attention.planning import AttnPlan, RankPlan, plan_attention
+from magi_attention.planning import AttnPlan, RankPlan, plan_attention, plan_new_mask
+from magi_attention.planning.attn_plan import check_new_mask
 from magi_attention.runtime.agreement import start_agreement
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -26,22 +30,57 @@ def make_key(
         TypeError: If an argument has the wrong type.
         ValueError: If sizes don't fit together, or ``plan`` was made from other arguments.
     """
+    _check_types(config, plan)
+    pad_size, chunk_size = as_int(pad_size, "pad_size"), as_int(chunk_size, "chunk_size")
+    ranks = tuple(dist.get_process_group_ranks(group))
+    key = DistAttnRuntimeKey(mask, pad_size, chunk_size, ranks, group.group_name, config)
+    return _enter(key, group, plan, lambda: plan_attention(mask, len(ranks), chunk_size, pad_size, config))
+
+
+def make_key_after_dispatch(
+    mask: AttnMask, key: DistAttnRuntimeKey, config: DistAttnConfig | None, plan: AttnPlan | RankPlan | None
+) -> DistAttnRuntimeKey:
+    """Make the key of another mask over the rows that ``key`` dispatched, which stay where they are.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the mask is of another size, the key's plan was evicted, ``config`` would dispatch otherwise, or
+            ``plan`` was made from other arguments.
+    """
+    runtime = runtimes.get(key)
+    config = key.config if config is None else config
+    _check_types(config, plan)
+    base = runtime.plan
+    check_new_mask(mask, base, config)
+    dispatched_for = key.mask if key.dispatch_of is None else key.dispatch_of
+    dispatch_of = None if mask == dispatched_for else dispatched_for
+    new_key = replace(key, mask=mask, config=config, dispatch_of=dispatch_of)
+    return _enter(new_key, runtime.group, plan, lambda: plan_new_mask(mask, base, config))
+
+
+def _check_types(config: DistAttnConfig, plan: AttnPlan | RankPlan | None) -> None:
     if not isinstance(config, DistAttnConfig):
         raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {config!r}")
     if plan is not None and not isinstance(plan, (AttnPlan, RankPlan)):
         raise TypeError(f"plan must be what plan_attention returns, or one rank's part of it, not {plan!r}")
-    pad_size, chunk_size = as_int(pad_size, "pad_size"), as_int(chunk_size, "chunk_size")
-    ranks = tuple(dist.get_process_group_ranks(group))
-    key = DistAttnRuntimeKey(mask, pad_size, chunk_size, ranks, group.group_name, config)
+
+
+def _enter(
+    key: DistAttnRuntimeKey,
+    group: dist.ProcessGroup,
+    plan: AttnPlan | RankPlan | None,
+    make_plan: Callable[[], AttnPlan],
+) -> DistAttnRuntimeKey:
+    """Put a key's plan into the cache unless it is there, and start comparing the key among the ranks."""
     runtime = runtimes.find(key)
     if runtime is None or runtime.group is not group:  # a group made anew may bear the name of one that was destroyed
         rank = dist.get_rank(group)
-        plan = plan_attention(mask, len(ranks), chunk_size, pad_size, config) if plan is None else plan
+        plan = make_plan() if plan is None else plan
         rank_plan = plan.rank(rank) if isinstance(plan, AttnPlan) else plan
         _check_plan(rank_plan, key, rank)
         runtime = DistAttnRuntime(rank_plan, group)
         runtimes.put(key, runtime)
-    if len(ranks) > 1:
+    if key.cp_size > 1:
         runtime.agreements.append(start_agreement(key.digest, group))
     return key
 
@@ -55,6 +94,7 @@ def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, rank: int) -> None:
         ("chunk_size", plan.dispatch.chunk_size, key.chunk_size),
         ("pad_size", plan.dispatch.pad_size, key.pad_size),
         ("config", plan.config, key.config),
+        ("dispatch_of", plan.dispatch_of, key.dispatch_of),
     ):
         if planned != wanted:
             raise ValueError(f"plan was made with {name} {planned!r}, but the key has {name} {wanted!r}")

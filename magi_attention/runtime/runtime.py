@@ -1,23 +1,25 @@
 """DistAttnRuntime: a rank's plan, its process group, and the plan made ready for a device."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from magi_attention.comm import RowExchange
 from magi_attention.kernels.engine import Engine
-from magi_attention.kernels.tile_schedule import TileSchedule
 from magi_attention.planning import RankPlan
+from magi_attention.planning.roll_plan import plan_roll
 from magi_attention.runtime.agreement import Agreement
+from magi_attention.runtime.roll import RollProgram
 
 
 @dataclass(frozen=True, eq=False)
 class StageProgram:
-    """One stage, ready to run: the rows that travel and the tiles to compute with them."""
+    """One stage, ready to run: the rows that travel, and the engine's schedule of what to compute with them."""
 
     exchange: RowExchange
-    schedule: TileSchedule
+    schedule: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,19 +28,19 @@ class RankProgram:
 
     Attributes:
         engine: The attention kernels.
-        local: Tiles of the rank's queries and its own keys.
+        local: The engine's schedule of the rank's queries and its own keys.
         stages: The remote work, in order.
         blocking: Whether to wait for remote rows before computing anything.
     """
 
     engine: Engine
-    local: TileSchedule
+    local: Any
     stages: tuple[StageProgram, ...]
     blocking: bool
 
     @classmethod
     def prepare(cls, plan: RankPlan, engine: Engine, device: torch.device) -> "RankProgram":
-        """Compile a plan's bands into tile schedules and copy its routing to ``device``."""
+        """Compile a plan's bands into the engine's schedules and copy its routing to ``device``."""
         rows = plan.dispatch.local_seqlen
         stages = tuple(
             StageProgram(
@@ -58,12 +60,14 @@ class DistAttnRuntime:
         plan: This rank's plan.
         group: The context-parallel process group.
         programs: The plan made ready, by engine name and device; filled at first use.
+        rolls: Shifts made ready, by number of places and device; filled at first use.
         agreements: Checks under way that the ranks agree, one for each time the key was made; settled at first use.
     """
 
     plan: RankPlan
     group: dist.ProcessGroup
     programs: dict[tuple[str, torch.device], RankProgram] = field(default_factory=dict)
+    rolls: dict[tuple[int, torch.device], RollProgram] = field(default_factory=dict)
     agreements: list[Agreement] = field(default_factory=list)
 
     def settle_agreements(self) -> None:
@@ -78,3 +82,10 @@ class DistAttnRuntime:
         if name not in self.programs:
             self.programs[name] = RankProgram.prepare(self.plan, engine, device)
         return self.programs[name]
+
+    def roll(self, shift: int, device: torch.device) -> RollProgram:
+        """A shift of the sequence made ready for a device."""
+        name = (shift % self.plan.dispatch.total_seqlen, device)
+        if name not in self.rolls:
+            self.rolls[name] = RollProgram.on_device(plan_roll(self.plan.dispatch, self.plan.rank, name[0]), device)
+        return self.rolls[name]

@@ -296,6 +296,28 @@ def test_non_contiguous_inputs_are_handled(key: api.DistAttnRuntimeKey) -> None:
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
+def test_bad_options(key: api.DistAttnRuntimeKey) -> None:
+    x = torch.zeros(40, 1, 8)
+    for options, error, message in (
+        ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be positive and finite, got -1.0"),
+        ({"softcap": "30"}, TypeError, "softcap must be a number, got '30'"),
+        ({"deterministic": 1}, TypeError, "deterministic must be True or False, got 1"),
+        ({"sm_margin": -1}, ValueError, "sm_margin must not be negative, got -1"),
+    ):
+        with pytest.raises(error, match=message):
+            calc_attn(x, x, x, key, **options)
+
+
+def test_engine_by_name(key: api.DistAttnRuntimeKey) -> None:
+    x = torch.randn(40, 1, 8)
+    expected = calc_attn(x, x, x, key)
+    assert all(torch.equal(a, b) for a, b in zip(calc_attn(x, x, x, key, engine="reference"), expected, strict=True))
+    with pytest.raises(ValueError, match="engine must be one of"):
+        calc_attn(x, x, x, key, engine="fast")
+    with pytest.raises(ValueError, match="engine='triton' was asked for, but triton runs on GPUs"):
+        calc_attn(x, x, x, key, engine="triton")
+
+
 def test_bad_configurations(local_group: dist.ProcessGroup) -> None:
     with pytest.raises(TypeError, match="dist_attn_config must be a DistAttnConfig"):
         magi_attn_varlen_key([0, 8], [0, 8], 0, 4, local_group, dist_attn_config=OverlapConfig())  # type: ignore[arg-type]

@@ -20,13 +20,19 @@ from magi_attention.planning.load_balance import imbalance, min_heap
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
 
-ALGS = [LocalityDispatchAlg(), LocalityDispatchAlg(tolerance=0.0), MinHeapDispatchAlg()]
+DISPATCH_CONFIGS = [
+    DispatchConfig(LocalityDispatchAlg()),
+    DispatchConfig(LocalityDispatchAlg(tolerance=0.0)),
+    DispatchConfig(MinHeapDispatchAlg()),
+    DispatchConfig(order="contiguous"),
+    DispatchConfig(order="zigzag"),
+]
 
 configs = st.builds(
-    lambda alg, degree, min_chunk_size: DistAttnConfig(
-        DispatchConfig(alg), OverlapConfig(degree=degree, min_chunk_size=min_chunk_size)
+    lambda dispatch_config, degree, min_chunk_size: DistAttnConfig(
+        dispatch_config, OverlapConfig(degree=degree, min_chunk_size=min_chunk_size)
     ),
-    st.sampled_from(ALGS),
+    st.sampled_from(DISPATCH_CONFIGS),
     st.integers(0, 4),
     st.integers(1, 16),
 )

@@ -1,12 +1,11 @@
-"""The command line: what context parallelism would do to a batch, without a GPU or a process group."""
+"""``magi-attention plan``: what context parallelism would do to a batch, without a GPU or a process group."""
 
 import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from magi_attention.config import (
 )
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import AttnPlan, plan_attention
-from magi_attention.planning.report import RankReport, report
+from magi_attention.planning.report import RankReport, area_imbalance, report
 
 MASKS: dict[str, Callable[[argparse.Namespace, list[int]], AttnMask]] = {
     "full": lambda args, cu: builders.full(cu[-1]),
@@ -36,27 +35,15 @@ MASKS: dict[str, Callable[[argparse.Namespace, list[int]], AttnMask]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"magi-attention: {error}", file=sys.stderr)
-        return 2
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser of all commands."""
-    parser = argparse.ArgumentParser(prog="magi-attention", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
     plan = commands.add_parser(
         "plan",
         help="show how a mask is shared among ranks",
         description="Plan a mask over ranks and show each rank's tokens, unmasked area and rows received.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    plan.set_defaults(run=run_plan)
+    plan.set_defaults(run=run)
     plan.add_argument("--mask", choices=sorted(MASKS), default="varlen-causal", help="kind of mask")
     length = plan.add_mutually_exclusive_group(required=True)
     length.add_argument("--lengths", type=Path, metavar="FILE", help="JSON list of document lengths, packed in order")
@@ -70,22 +57,24 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--block-size", type=int, default=2048, metavar="N", help="tokens in a block of block-causal")
     plan.add_argument("--prefix", type=int, default=256, metavar="N", help="bidirectional prefix of each document")
     plan.add_argument(
-        "--balance", choices=("locality", "heap"), default="locality", help="how chunks are given to ranks"
+        "--balance",
+        choices=("locality", "heap", "contiguous", "zigzag"),
+        default="locality",
+        help="how chunks are given to ranks",
     )
     plan.add_argument("--tolerance", type=float, default=0.02, help="allowed imbalance of --balance locality")
     plan.add_argument("--degree", type=int, default=1, metavar="N", help="overlap stages")
     plan.add_argument("--min-stage-rows", type=int, default=512, metavar="N", help="fewest rows in a stage")
     plan.add_argument("--json", type=Path, metavar="OUT", help="write the plan as JSON")
     plan.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the plan")
-    return parser
 
 
-def run_plan(args: argparse.Namespace) -> int:
-    """The ``plan`` command."""
+def run(args: argparse.Namespace) -> int:
+    """Plan, print, write and draw."""
     lengths = read_lengths(args.lengths) if args.lengths else [args.seqlen]
     cu_seqlens = builders.cu_seqlens_from_lengths(lengths).tolist()
-    alg = LocalityDispatchAlg(args.tolerance) if args.balance == "locality" else MinHeapDispatchAlg()
-    config = DistAttnConfig(DispatchConfig(alg), OverlapConfig(degree=args.degree, min_chunk_size=args.min_stage_rows))
+    overlap = OverlapConfig(degree=args.degree, min_chunk_size=args.min_stage_rows)
+    config = DistAttnConfig(dispatch_config(args.balance, args.tolerance), overlap)
 
     def make_plan() -> AttnPlan:
         return plan_attention(MASKS[args.mask](args, cu_seqlens), args.cp_size, args.chunk_size, config=config)
@@ -102,6 +91,17 @@ def run_plan(args: argparse.Namespace) -> int:
             raise ImportError("--plot needs matplotlib: pip install magi-attention[viz]") from None
         plot_plan(plan, args.plot)
     return 0
+
+
+def dispatch_config(balance: str, tolerance: float) -> DispatchConfig:
+    """What ``--balance`` and ``--tolerance`` stand for."""
+    match balance:
+        case "contiguous" | "zigzag":
+            return DispatchConfig(order=balance)
+        case "heap":
+            return DispatchConfig(MinHeapDispatchAlg())
+        case _:
+            return DispatchConfig(LocalityDispatchAlg(tolerance))
 
 
 def read_lengths(path: Path) -> list[int]:
@@ -143,6 +143,7 @@ def as_json(plan: AttnPlan, ranks: list[RankReport], plan_ms: float) -> dict[str
         "total_seqlen": plan.dispatch.total_seqlen,
         "pad_size": plan.dispatch.pad_size,
         "plan_ms": round(plan_ms, 3),
+        "imbalance": round(area_imbalance(ranks), 6),
         "ranks": [dataclasses.asdict(rank) for rank in ranks],
     }
 
@@ -159,4 +160,5 @@ def print_tables(plan: AttnPlan, ranks: list[RankReport], plan_ms: float) -> Non
         console = Console()
         console.print(plan_table(plan, ranks))
         console.print(rows_table(plan))
+    print(f"imbalance {area_imbalance(ranks):.3f}: area of the most loaded rank over the mean")
     print(f"planned for one rank in {plan_ms:.2f} ms")
