@@ -1,0 +1,1 @@
+"""MagiAttention inside other libraries. Each submodule needs the library that it is named after."""

@@ -1,0 +1,16 @@
+"""Context parallelism for the decoders of Hugging Face transformers: ``attn_implementation="magi_attention"``.
+
+Importing this module registers the attention. :func:`dispatch_batch` turns a batch into this rank's part of it, which
+goes into the model as it is.
+"""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from magi_attention.integrations.transformers.attention import attention_forward, describe_mask
+from magi_attention.integrations.transformers.batch import dispatch_batch, undispatch_output
+from magi_attention.integrations.transformers.layer_masks import LayerMask, layer_masks
+
+__all__ = ["LayerMask", "dispatch_batch", "layer_masks", "undispatch_output"]
+
+AttentionInterface.register("magi_attention", attention_forward)
+AttentionMaskInterface.register("magi_attention", describe_mask)
