@@ -1,5 +1,6 @@
 """The plans that keys stand for, least recently used first out."""
 
+import atexit
 from collections import OrderedDict
 
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -84,3 +85,5 @@ class RuntimeCache:
 
 
 runtimes = RuntimeCache()
+# A group that is kept until the interpreter is gone may abort the process: its threads still let go of tensors then.
+atexit.register(runtimes.clear)
