@@ -67,7 +67,7 @@ def build_tile_schedule(bands: IntArray, num_rows: int, num_keys: int, block_q: 
     """
     bands, layer = split_layers(tighten(bands)[0])
     starts, ends = layer_intervals(bands, layer, num_rows)
-    q_bounds = _cut_rows(bands, num_rows, block_q)
+    q_bounds = cut_rows(bands, num_rows, block_q)
     offsets, key_starts, key_ends, full = _key_tiles(bands, q_bounds, num_keys, block_k)
     q_bounds32, offsets32, starts32, ends32 = (x.astype(np.int32) for x in (q_bounds, offsets, key_starts, key_ends))
     return TileSchedule(num_rows, num_keys, starts, ends, q_bounds32, offsets32, starts32, ends32, full)
@@ -125,7 +125,7 @@ def layer_intervals(bands: IntArray, layer: IntArray, num_rows: int) -> tuple[In
     return starts.reshape(num_layers, num_rows), ends.reshape(num_layers, num_rows)
 
 
-def _cut_rows(bands: IntArray, num_rows: int, block_q: int) -> IntArray:
+def cut_rows(bands: IntArray, num_rows: int, block_q: int) -> IntArray:
     """Bounds of the query tiles.
 
     A tile that begins with a document meets no keys of the one before, so rows are cut where bands begin or end; but at

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from magi_attention.kernels.hopper.walk import Walk, build_walk
-from magi_attention.kernels.triton.triton_schedule import TritonSchedule
+from magi_attention.kernels.triton.triton_schedule import TritonSchedule, copy_to_device
 from magi_attention.mask.bands import IntArray, transpose
 
 ALIGN = 4
@@ -38,7 +37,7 @@ class DeviceWalk:
     def copy(cls, walk: Walk, device: torch.device) -> "DeviceWalk":
         """Copy to ``device`` without waiting for it."""
         windows, entries, starts, ends = (
-            _copy(x, device) for x in (walk.windows, walk.entries, walk.starts, walk.ends)
+            copy_to_device(x, device) for x in (walk.windows, walk.entries, walk.starts, walk.ends)
         )
         return cls(windows, entries, starts, ends, int(np.count_nonzero(walk.windows[:, 3])))
 
@@ -83,10 +82,3 @@ class HopperSchedule:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HopperSchedule, (self.bands, self.num_rows, self.num_keys)
-
-
-def _copy(x: NDArray[Any], device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(x)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)  # pinned, so that the host does not wait for the device

@@ -9,9 +9,10 @@ from magi_attention.kernels.hopper.backward_kernel import backward_kernel
 from magi_attention.kernels.hopper.forward_kernel import Out, forward_kernel
 from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSchedule
 from magi_attention.kernels.hopper.launcher import Launcher, rows, tiles
-from magi_attention.kernels.hopper.pipeline import LOG2_E, Scales, WalkArgs
+from magi_attention.kernels.hopper.pipeline import WalkArgs
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.query_grads import QueryGrads
+from magi_attention.kernels.scales import Scales
 
 CONSUMER_ROWS = 64  # of scores
 BLOCK_K = 128
@@ -82,7 +83,7 @@ def launch_forward(
         tiles(out, tile) if out.dtype == q.dtype else None,
         Out(rows(out), lse, num_rows),
         args,
-        make_scales(params),
+        Scales.of(params),
         GROUP=sizes.group,
         PACK=pack,
         HEAD_DIM=sizes.head_dim,
@@ -134,7 +135,7 @@ def launch_backward(
         rows(dk),
         rows(dv),
         args,
-        make_scales(params),
+        Scales.of(params),
         GROUP=sizes.group,
         HEAD_DIM=sizes.head_dim,
         STAGES=2,
@@ -163,12 +164,6 @@ def heads_at_a_time(num_heads: int, bytes_of_head: int) -> int:
     """As many heads as the cache holds, a divisor of their number."""
     fitting = max(1, min(num_heads, KEYS_IN_CACHE // bytes_of_head))
     return next(heads for heads in range(fitting, 0, -1) if num_heads % heads == 0)
-
-
-def make_scales(params: AttnParams) -> Scales:
-    """The factors of scores."""
-    scale, cap = float(params.softmax_scale), float(params.softcap)  # kernels are compiled for floats
-    return Scales(scale / cap if cap else 0.0, (cap or scale) * LOG2_E.value, scale)
 
 
 def num_programs(device: torch.device, params: AttnParams) -> int:

@@ -6,12 +6,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from magi_attention.kernels.hopper import walk as flags
 from magi_attention.kernels.hopper.gluon_compat import store_tile
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-ROW_ENDS_INSIDE = gl.constexpr(1)
-ROW_BEGINS_INSIDE = gl.constexpr(2)
+ROW_ENDS_INSIDE = gl.constexpr(flags.ROW_ENDS_INSIDE)
+ROW_BEGINS_INSIDE = gl.constexpr(flags.ROW_BEGINS_INSIDE)
 
 
 class WalkArgs(NamedTuple):
@@ -46,19 +47,6 @@ class Rows(NamedTuple):
     ptr: Any
     token_stride: int
     head_stride: int
-
-
-class Scales(NamedTuple):
-    """How scores, in units of ``log(2)``, are made of products: ``score * bounded(inner * product)``.
-
-    With softcap, ``bounded`` is ``tanh`` and ``score`` has the cap. Without, ``bounded`` is the product itself,
-    ``inner`` is not used, and ``score`` has the softmax scale. ``product`` is what gradients of products have left to
-    be multiplied by.
-    """
-
-    inner: float
-    score: float
-    product: float
 
 
 @gluon.jit

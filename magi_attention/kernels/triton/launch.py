@@ -7,7 +7,8 @@ import torch
 import triton
 
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.triton.tiles import Rows, Scales, as_rows, make_scales
+from magi_attention.kernels.scales import Scales
+from magi_attention.kernels.triton.tiles import Rows, as_rows
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule, Walk
 from magi_attention.kernels.triton.tuning import TileShape, Tuning, choose, packed_heads
 
@@ -56,7 +57,7 @@ class Launch:
             group=q.shape[1] // heads_kv,
             head_dim=head_dim,
             schedule=schedule,
-            scales=make_scales(params),
+            scales=Scales.of(params),
             softcap=params.softcap != 0,
             shapes=choose(head_dim, q.dtype, q.device),
             device=q.device,

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.params import AttnParams
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -19,28 +17,10 @@ class Rows(NamedTuple):
     head_stride: int
 
 
-class Scales(NamedTuple):
-    """How scores, in units of ``log(2)``, are made of products: ``score * bounded(inner * product)``.
-
-    With softcap, ``bounded`` is ``tanh`` and ``score`` has the cap. Without, ``bounded`` is the product itself,
-    ``inner`` is not used, and ``score`` has the softmax scale. ``product`` is what gradients of products have left to
-    be multiplied by.
-    """
-
-    inner: float
-    score: float
-    product: float
-
-
 def as_rows(x: torch.Tensor) -> Rows:
     """The tensor as kernels take it; copied if its last dimension is not contiguous."""
     x = x if x.stride(2) == 1 else x.contiguous()
     return Rows(x, x.stride(0), x.stride(1))
-
-
-def make_scales(params: AttnParams) -> Scales:
-    scale, cap = params.softmax_scale, params.softcap
-    return Scales(scale / cap if cap else 0.0, (cap or scale) * LOG2_E.value, scale)
 
 
 @triton.jit

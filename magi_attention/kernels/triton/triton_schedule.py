@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magi_attention.kernels.tile_schedule import _cut_rows, column_runs, layer_intervals, split_layers
+from magi_attention.kernels.tile_schedule import column_runs, cut_rows, layer_intervals, split_layers
 from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten, transpose
 
 
@@ -89,7 +89,7 @@ def _make_walk(
 ) -> Walk:
     bands, layer = split_layers(tighten(bands)[0])
     starts, ends = layer_intervals(bands, layer, num_rows)
-    bounds = _cut_rows(bands, num_rows, block_rows)
+    bounds = cut_rows(bands, num_rows, block_rows)
     runs, run_tile = _runs(bands, bounds, num_cols, block_cols)
     num_tiles = len(bounds) - 1
     offsets = np.searchsorted(run_tile, np.arange(num_tiles + 1))
@@ -98,7 +98,13 @@ def _make_walk(
     columns = bounds[:-1], bounds[1:], offsets[:-1], offsets[1:], in_use.sum(0)
     # Programs start in the order of tiles: the longest first, so that none is left to run alone (Graham 1969).
     tiles = np.stack(columns, axis=1)[np.argsort(-steps, kind="stable")]
-    tables = Tables(_copy(tiles, device), _copy(runs, device), _copy(starts, device), _copy(ends, device), num_rows)
+    tables = Tables(
+        copy_to_device(tiles, device),
+        copy_to_device(runs, device),
+        copy_to_device(starts, device),
+        copy_to_device(ends, device),
+        num_rows,
+    )
     return Walk(tables, num_tiles, int(np.count_nonzero(steps)), len(starts) > 1)
 
 
@@ -158,8 +164,9 @@ def _full_columns(
     return at[begins], position[begins] % pitch, position[stops] % pitch
 
 
-def _copy(x: NDArray[Any], device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(x.astype(np.int32))
+def copy_to_device(x: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy as int32, without waiting for the device."""
+    host = torch.from_numpy(x.astype(np.int32, copy=False))
     if device.type == "cpu":
         return host
     return host.pin_memory().to(device, non_blocking=True)  # pinned, so that the host does not wait for the device
