@@ -4,9 +4,8 @@
 
 bf16, random inputs, one sequence. In a round each contender runs once, forward and then backward, each between two
 CUDA events; before, the L2 cache is flushed and the device kept busy for HEAD_START cycles, so that it never waits
-for the host, whose time ``bench_host_time.py`` measures. Contenders take turns at being
-first. Times are medians: of at least 7 rounds and 0.3 s a contender, or of 3 rounds that took longer than 3 s a
-contender. The backward pass is all of ``torch.autograd.grad``: delta, zeroed buffers and casts too. Useful work is
+for the host, whose time ``bench_host_time.py`` measures. The order of contenders changes from round to round. Times are
+medians: of at least 7 rounds and 0.3 s a contender, or of 3 rounds that took longer than 3 s a contender. The backward pass is all of ``torch.autograd.grad``: delta, zeroed buffers and casts too. Useful work is
 4 x unmasked cells x heads x head_dim, 2.5 times that backward. A contender's times count only if its out, dq, dk, dv
 agree with those of the first contender that ran, which is ours unless it failed.
 
@@ -17,6 +16,7 @@ kind of mask, flash-attn-4 for each kind of mask; ``first_call_s`` in the JSON t
 import argparse
 import importlib.metadata
 import math
+import random
 import statistics
 import sys
 import time
@@ -208,9 +208,11 @@ def time_in_turn(
     """Milliseconds forward and backward of every round. Who fails drops out, with that as its outcome."""
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runners}
     start, rounds = time.monotonic(), -1  # the first round warms up
+    order = random.Random(0)  # the chip's clock depends on who was before, which must not be the same one each time
     while times and not is_enough(rounds, (time.monotonic() - start) / len(times), budget):
         names = list(times)
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+        order.shuffle(names)
+        for name in names:
             runner = runners[name]
             try:
                 out, forward_ms = timer.time(runner.forward)
@@ -247,7 +249,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         "Python": sys.version.split()[0],
         "date": str(date.today()),
         "cases": f"preset {args.preset}, bf16, one sequence",
-        "times": f"medians of rounds in turn, L2 flushed; backward counts {BACKWARD_TO_FORWARD} times the forward work",
+        "times": f"medians of rounds in changing order, L2 flushed; backward = {BACKWARD_TO_FORWARD} x the forward work",
     }
 
 

@@ -52,7 +52,7 @@ def make_calls(device: str, tokens: int, heads: tuple[int, int], head_dim: int) 
     result = out.detach()
     grads = hopper.start_backward(result, dout, lse.detach(), None, params)
     return {
-        "engine: forward": lambda: hopper.forward(*plain, schedule, params, torch.bfloat16),
+        "engine: forward": lambda: hopper.forward(*plain, schedule, params),
         "engine: start_backward": lambda: hopper.start_backward(result, dout, lse.detach(), None, params),
         "engine: backward": lambda: hopper.backward(grads, *plain, schedule, params, torch.bfloat16),
         "engine: finish_backward": lambda: hopper.finish_backward(grads, params, torch.bfloat16),

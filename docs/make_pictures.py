@@ -218,10 +218,10 @@ def tiles() -> str:
     forward = build_walk(bands, size, size, 64, 128)
     picture.text(gap, 24, "forward: windows of 64 queries, tiles of 128 keys", size=15)
     draw_walk(picture, mask, forward, -128, gap, top, side / size, transposed=False)
-    backward = build_walk(transpose(bands), size, size, 128, 64, align=4, ascending=True)
+    backward = build_walk(transpose(bands), size, size, 128, 64, align=4)
     left = 2 * gap + side
     picture.text(left, 24, "backward: windows of 128 keys, tiles of 64 queries", size=15)
-    draw_walk(picture, mask, backward, 64, left, top, side / size, transposed=True)
+    draw_walk(picture, mask, backward, -64, left, top, side / size, transposed=True)
     x = float(gap)
     for color, text in TILE_COLORS.values():
         picture.box(x, top + side + 20, 14, 14, color)
@@ -243,7 +243,7 @@ def draw_walk(
     """Every tile with its cells, numbered as a program visits them, ``step`` columns from one to the next of an entry;
     windows are numbered from the heaviest to the lightest."""
     picture.box(left, top, walk.num_cols * scale, walk.num_rows * scale, PALE)
-    for number, (row, num_rows, entry, num_tiles) in enumerate(walk.windows.tolist()):
+    for number, (row, num_rows, entry, num_tiles, _) in enumerate(walk.windows.tolist()):
         run = 0
         for visit in range(num_tiles):
             if run == 0:

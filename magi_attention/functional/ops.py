@@ -70,7 +70,8 @@ def _forward(
     """``out`` and ``lse``."""
     call = _prepare(q, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
     with _on_device(q.device):
-        return call.engine.forward(q, k, v, call.schedule, call.params, q.dtype)
+        out, lse, _ = call.engine.forward(q, k, v, call.schedule, call.params)
+    return out, lse
 
 
 def _backward(dout: torch.Tensor | None, dlse: torch.Tensor | None, *rest: Any) -> Tensors:

@@ -8,12 +8,11 @@ import torch
 
 from magi_attention.kernels import hopper, reference, triton
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask.bands import IntArray
 
 logger = logging.getLogger("magi_attention")
-
-State = tuple[torch.Tensor, torch.Tensor]
 
 
 class Engine(Protocol):
@@ -34,13 +33,14 @@ class Engine(Protocol):
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why the engine cannot compute such attention, and what it could; None when it can."""
 
-    def schedule(self, bands: IntArray, num_rows: int, num_keys: int) -> Any:
+    def schedule(self, bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> Any:
         """Compile a mask, once for many calls.
 
         Args:
             bands: Bands inside ``num_rows`` x ``num_keys`` that share no cell, ``(n, 6)``.
             num_rows: Number of queries.
             num_keys: Number of keys.
+            part: Which part of the keys these are, if they come in parts.
 
         Returns:
             What :meth:`forward` and :meth:`backward` take; only the engine knows what it is.
@@ -53,8 +53,7 @@ class Engine(Protocol):
         v: torch.Tensor,
         schedule: Any,
         params: AttnParams,
-        out_dtype: torch.dtype | None = None,
-        onto: State | None = None,
+        state: State | None = None,
     ) -> State:
         """Attention of ``q`` over ``k`` and ``v``.
 
@@ -64,14 +63,12 @@ class Engine(Protocol):
             v: Shaped as ``k``.
             schedule: The mask of ``num_rows`` x ``num_keys`` scores.
             params: How scores are made.
-            out_dtype: The type of ``out``; None for the accumulation type.
-            onto: The ``(out, lse)`` of the same queries over other keys, in the accumulation type and contiguous. These
-                keys are merged into it, in place, and it is returned; ``out_dtype`` must be None. What a query that
-                attends none of them has there is kept bit by bit.
+            state: What the calls over the parts before have made of the same queries; None at the first part, and when
+                the keys don't come in parts. It is changed in place. What a query has that attends none of these keys
+                is kept bit by bit.
 
         Returns:
-            ``out``, shaped as ``q``, and ``lse``, the natural log-sum-exp of each query's scores, ``(heads_q,
-            num_rows)``, in the accumulation type.
+            The state. After the last part, ``out`` and ``lse`` are those over all keys.
         """
 
     def start_backward(

@@ -2,6 +2,34 @@
 
 import torch
 
+from magi_attention.kernels.parts import Part, State
+
+
+def add_part(
+    out_part: torch.Tensor, lse_part: torch.Tensor, dtype: torch.dtype, part: Part | None, state: State | None
+) -> State:
+    """The state of queries after one more part of the keys, whose results are in the accumulation type.
+
+    For engines that keep the sums of all queries until the last part, and round them then.
+
+    Args:
+        out_part: ``(tokens, heads, head_dim)``; of the first part it becomes the sums.
+        lse_part: ``(heads, tokens)``.
+        dtype: The type of the output.
+        part: Which part it is; None for all keys.
+        state: The state before, changed in place; None before the first part.
+    """
+    if state is None:
+        sums = None if part is None or part.is_last else out_part
+        return State(out_part.to(dtype) if sums is None else torch.empty_like(out_part, dtype=dtype), lse_part, sums)
+    assert part is not None
+    if state.sums is None:  # no query goes on
+        return state
+    merge_states(state.sums, state.lse, out_part, lse_part)
+    if part.is_last:
+        state.out.copy_(state.sums)
+    return state
+
 
 def merge_states(out: torch.Tensor, lse: torch.Tensor, out_part: torch.Tensor, lse_part: torch.Tensor) -> None:
     """Merge the result over more keys into ``out`` and ``lse``, in place.

@@ -18,8 +18,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from magi_attention.kernels.merge import merge_states
+from magi_attention.kernels.merge import add_part
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.tile_schedule import TileSchedule, build_tile_schedule
 from magi_attention.mask.bands import IntArray
@@ -54,9 +55,9 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None if dtype in DTYPES else f"takes float32, float64, bfloat16 and float16, not {dtype}"
 
 
-def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TileSchedule:
+def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> TileSchedule:
     """Compile a mask for this engine: :func:`~magi_attention.kernels.tile_schedule.build_tile_schedule`."""
-    return build_tile_schedule(bands, num_rows, num_keys, BLOCK_Q, BLOCK_K)
+    return build_tile_schedule(bands, num_rows, num_keys, BLOCK_Q, BLOCK_K, part)
 
 
 @_undisturbed
@@ -66,13 +67,11 @@ def forward(
     v: torch.Tensor,
     schedule: TileSchedule,
     params: AttnParams,
-    out_dtype: torch.dtype | None = None,
-    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    state: State | None = None,
+) -> State:
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
-    assert onto is None or out_dtype is None
     dtype = accumulation_dtype(q.dtype)
-    heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
+    heads_kv, group, out_dtype = k.shape[1], q.shape[1] // k.shape[1], q.dtype
     out = q.new_zeros(q.shape, dtype=dtype)
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
     walk = _Walk(schedule, heads_kv, group, out)
@@ -99,10 +98,7 @@ def forward(
             # The highest score adds exp2(0) to the total: it is at least 1, or 0 where there is no key.
             out_rows[heads, rows] = out_tile.div_(total.clamp(min=1)).unflatten(1, (-1, group))
             lse_rows[heads, rows] = top.add_(total.log2_()).mul_(LN2).unflatten(1, (-1, group))
-    if onto is None:
-        return out.to(out_dtype or dtype), lse
-    merge_states(*onto, out, lse)
-    return onto
+    return add_part(out, lse, out_dtype, schedule.part, state)
 
 
 @_undisturbed

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.kernels.parts import Part
 from magi_attention.mask.bands import (
     HI,
     K0,
@@ -42,6 +43,7 @@ class TileSchedule:
         key_starts: int32 ``(num_key_tiles,)``.
         key_ends: int32 ``(num_key_tiles,)``, at most ``block_k`` behind ``key_starts``.
         full: bool ``(num_key_tiles,)``: whether every row of the query tile attends every key of the key tile.
+        part: Which part of the keys these are; None for all keys.
     """
 
     num_rows: int
@@ -53,9 +55,12 @@ class TileSchedule:
     key_starts: Int32Array
     key_ends: Int32Array
     full: NDArray[np.bool_]
+    part: Part | None = None
 
 
-def build_tile_schedule(bands: IntArray, num_rows: int, num_keys: int, block_q: int, block_k: int) -> TileSchedule:
+def build_tile_schedule(
+    bands: IntArray, num_rows: int, num_keys: int, block_q: int, block_k: int, part: Part | None = None
+) -> TileSchedule:
     """Compile bands that share no cell.
 
     Args:
@@ -64,13 +69,14 @@ def build_tile_schedule(bands: IntArray, num_rows: int, num_keys: int, block_q: 
         num_keys: Number of keys.
         block_q: Most rows of a query tile.
         block_k: Most keys of a key tile.
+        part: Which part of the keys these are; None for all keys.
     """
     bands, layer = split_layers(tighten(bands)[0])
     starts, ends = layer_intervals(bands, layer, num_rows)
     q_bounds = cut_rows(bands, num_rows, block_q)
     offsets, key_starts, key_ends, full = _key_tiles(bands, q_bounds, num_keys, block_k)
     q_bounds32, offsets32, starts32, ends32 = (x.astype(np.int32) for x in (q_bounds, offsets, key_starts, key_ends))
-    return TileSchedule(num_rows, num_keys, starts, ends, q_bounds32, offsets32, starts32, ends32, full)
+    return TileSchedule(num_rows, num_keys, starts, ends, q_bounds32, offsets32, starts32, ends32, full, part)
 
 
 def split_layers(bands: IntArray) -> tuple[IntArray, IntArray]:

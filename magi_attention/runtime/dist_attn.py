@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from magi_attention.comm import GroupReduce, RowExchange, group_cast, group_reduce
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import State
 from magi_attention.runtime.runtime import RankProgram
 
 Stage = tuple[RowExchange | None, Any, torch.Tensor, torch.Tensor]
@@ -50,13 +51,11 @@ class DistAttn(torch.autograd.Function):
         params: AttnParams,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         engine = program.engine
-        # Parts merge in the accumulation type; the only part needs no merging.
-        out_dtype = None if program.stages else q.dtype
-        state: tuple[torch.Tensor, torch.Tensor] | None = None
+        state: State | None = None
         for _, schedule, stage_k, stage_v in attended_stages(k, v, program, group):
-            state = engine.forward(q, stage_k, stage_v, schedule, params, out_dtype, onto=state)
+            state = engine.forward(q, stage_k, stage_v, schedule, params, state)
         assert state is not None
-        out, lse = state[0].to(q.dtype), state[1]
+        out, lse, _ = state
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.program, ctx.group, ctx.params = program, group, params

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from magi_attention.comm import RowExchange
 from magi_attention.kernels.engine import Engine
+from magi_attention.kernels.parts import make_parts
 from magi_attention.planning import RankPlan
 from magi_attention.planning.roll_plan import plan_roll
 from magi_attention.runtime.agreement import Agreement
@@ -42,14 +43,15 @@ class RankProgram:
     def prepare(cls, plan: RankPlan, engine: Engine, device: torch.device) -> "RankProgram":
         """Compile a plan's bands into the engine's schedules and copy its routing to ``device``."""
         rows = plan.dispatch.local_seqlen
+        parts = make_parts([plan.local_bands, *(stage.bands for stage in plan.stages)], rows)
         stages = tuple(
             StageProgram(
                 RowExchange.on_device(stage.collective, device),
-                engine.schedule(stage.bands, rows, stage.collective.num_recv_rows),
+                engine.schedule(stage.bands, rows, stage.collective.num_recv_rows, part),
             )
-            for stage in plan.stages
+            for stage, part in zip(plan.stages, parts[1:], strict=True)
         )
-        return cls(engine, engine.schedule(plan.local_bands, rows, rows), stages, plan.blocking)
+        return cls(engine, engine.schedule(plan.local_bands, rows, rows, parts[0]), stages, plan.blocking)
 
 
 @dataclass(frozen=True, eq=False)

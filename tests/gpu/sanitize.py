@@ -4,10 +4,12 @@ PYTHONPATH=. compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 PYTHONPATH=. compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 """
 
+import numpy as np
 import torch
 
 from magi_attention.kernels.engine import ENGINES
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import Part
 from magi_attention.testing.mask_zoo import named_masks
 
 MASKS = ("causal", "varlen causal", "several intervals a row", "nothing")
@@ -26,9 +28,10 @@ def main() -> None:
                 k, v = torch.randn(2, SEQLEN, 2, head_dim, dtype=torch.bfloat16, device="cuda")
                 params = AttnParams(head_dim**-0.5)
                 schedule = engine.schedule(bands, SEQLEN, SEQLEN)
-                out, lse = engine.forward(q, k, v, schedule, params)
-                out, lse = engine.forward(q, k, v, schedule, params, onto=(out, lse))
-                out, lse = engine.forward(q, k, v, schedule, params, q.dtype)
+                goes_on = Part(np.arange(SEQLEN) % 2 == 0)
+                first = engine.schedule(bands, SEQLEN, SEQLEN, goes_on)
+                engine.forward(q, k, v, first, params, engine.forward(q, k, v, first, params))
+                out, lse, _ = engine.forward(q, k, v, schedule, params)
                 grads = engine.start_backward(out, dout, lse, torch.randn_like(lse), params)
                 engine.backward(grads, q, k, v, schedule, params, k.dtype)
                 engine.finish_backward(grads, params, q.dtype)

@@ -158,7 +158,7 @@ def test_more_elements_than_31_bits_count(engine: Engine) -> None:
     large.dlse = behind_zeros(small.dlse, 1)
     assert large.q.numel() > 2**31
     results = run_engine(engine, large)
-    check_bound([x.narrow(n == 1, num_tokens - length, length) for n, x in enumerate(results)], small)
+    check_bound([x.narrow(int(n == 1), num_tokens - length, length) for n, x in enumerate(results)], small)
 
 
 def test_any_strides(engine: Engine) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from magi_attention.kernels import reference
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import make_parts
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import relocate
 from magi_attention.testing.dense_oracle import dense_attention
@@ -62,7 +63,7 @@ def run_engine(engine: Engine, problem: Problem) -> list[Tensor]:
     """``NAMES`` by an engine, in the types in which users get them."""
     p = problem
     schedule = engine.schedule(p.mask.bands, len(p.q), len(p.k))
-    out, lse = engine.forward(p.q, p.k, p.v, schedule, p.params, p.q.dtype)
+    out, lse, _ = engine.forward(p.q, p.k, p.v, schedule, p.params)
     grads = engine.start_backward(out, p.dout, lse, p.dlse, p.params)
     dk, dv = engine.backward(grads, p.q, p.k, p.v, schedule, p.params, p.k.dtype)
     return [out, lse, engine.finish_backward(grads, p.params, p.q.dtype), dk, dv]
@@ -72,17 +73,19 @@ def run_in_parts(engine: Engine, problem: Problem, bounds: list[int]) -> list[Te
     """The same, the keys cut at ``bounds`` and taken one part after the other, as in stages."""
     p = problem
     whole = np.array([[0, len(p.q)]])
-    parts = []
-    for start, end in pairwise([0, *bounds, len(p.k)]):
-        bands = relocate(p.mask.bands, whole, np.array([[start, end]]))
-        parts.append((p.k[start:end], p.v[start:end], engine.schedule(bands, len(p.q), end - start)))
+    cuts = list(pairwise([0, *bounds, len(p.k)]))
+    bands = [relocate(p.mask.bands, whole, np.array([cut])) for cut in cuts]
+    parts = [
+        (p.k[start:end], p.v[start:end], engine.schedule(part_bands, len(p.q), end - start, part))
+        for (start, end), part_bands, part in zip(cuts, bands, make_parts(bands, len(p.q)), strict=True)
+    ]
     state = None
     for k, v, schedule in parts:
-        merged = engine.forward(p.q, k, v, schedule, p.params, onto=state)
-        assert state is None or all(a is b for a, b in zip(merged, state, strict=True)), "merging is in place"
-        state = merged
+        after = engine.forward(p.q, k, v, schedule, p.params, state)
+        assert state is None or all(a is b for a, b in zip(after, state, strict=True)), "parts are added in place"
+        state = after
     assert state is not None
-    out, lse = state[0].to(p.q.dtype), state[1]
+    out, lse, _ = state
     grads = engine.start_backward(out, p.dout, lse, p.dlse, p.params)
     shares = [engine.backward(grads, p.q, k, v, schedule, p.params) for k, v, schedule in parts]
     dk, dv = (torch.cat(x).to(p.k.dtype) for x in zip(*shares, strict=True))

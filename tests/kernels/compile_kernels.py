@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -31,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from magi_attention.kernels import hopper
 from magi_attention.kernels import triton as by_tiles
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import Part
 from magi_attention.mask import AttnMask, builders
 
 PROCESSES = 2
@@ -132,14 +134,19 @@ def compile_case(engine: str, name: str) -> list[Compiled]:
     q, dout = (torch.zeros(TOKENS, heads_kv * case.group, case.head_dim, dtype=case.dtype) for _ in range(2))
     k, v = (torch.zeros(TOKENS, heads_kv, case.head_dim, dtype=case.dtype) for _ in range(2))
     params = AttnParams(1.0, case.softcap)
-    schedule = module.schedule(case.mask.bands, TOKENS, TOKENS)
+    part = Part(np.ones(TOKENS, np.bool_)) if case.parts else None
+    schedule = module.schedule(case.mask.bands, TOKENS, TOKENS, part)
     dtype = None if case.parts else case.dtype
     with compile_launches(name, case.capability) as compiled:
-        out, lse = module.forward(q, k, v, schedule, params, dtype)
+        state = module.forward(q, k, v, schedule, params)
         if case.parts:
-            module.forward(q, k, v, schedule, params, onto=(out, lse))
-        grads = module.start_backward(out.to(case.dtype), dout, lse, lse, params)
+            module.forward(q, k, v, schedule, params, state)
+        out, lse, _ = state
+        grads = module.start_backward(out, dout, lse, lse, params)
         module.backward(grads, q, k, v, schedule, params, dtype)
+        if not case.parts:  # the hopper engine has another kernel for windows that have the same number of tiles
+            full = module.schedule(builders.full(TOKENS).bands, TOKENS, TOKENS)
+            module.backward(grads, q, k, v, full, params, dtype)
         module.finish_backward(grads, params, case.dtype)
     return compiled
 

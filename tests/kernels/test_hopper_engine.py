@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magi_attention.kernels.parts import Part, State
 from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
@@ -131,19 +132,35 @@ def test_parts_of_the_keys(engine: EmulatedEngine, name: str, bounds: list[int])
 def test_what_keys_add_nothing_to_is_kept_to_the_bit(engine: EmulatedEngine) -> None:
     """Rows of a window without keys, and rows without keys in a window with some."""
     problem = make_problem(AttnMask.from_slices([(70, 90)], [(0, 30)], "full", 200, 30), (2, 1))
-    schedule = engine.schedule(problem.mask.bands, 200, 30)
-    onto = torch.randn(200, 2, 64), torch.randn(2, 200)
-    onto[0][80:100], onto[1][:, 80:100] = 0, -torch.inf
-    before = [x.clone() for x in onto]
-    engine.forward(problem.q, problem.k, problem.v, schedule, problem.params, onto=onto)
-    alone, lse_alone = engine.forward(problem.q, problem.k, problem.v, schedule, problem.params)
-    kept = torch.ones(200, dtype=torch.bool)
-    kept[70:90] = False
-    assert torch.equal(onto[0][kept], before[0][kept]) and torch.equal(onto[1][:, kept], before[1][:, kept])
-    assert torch.equal(onto[0][80:90], alone[80:90])
-    weight = torch.sigmoid(lse_alone - before[1])[:, 70:80].T.unsqueeze(2)
-    torch.testing.assert_close(onto[0][70:80], torch.lerp(before[0][70:80], alone[70:80], weight))
-    torch.testing.assert_close(onto[1][:, 70:90], torch.logaddexp(lse_alone, before[1])[:, 70:90])
+    goes_on = torch.arange(200) >= 75
+    schedule = engine.schedule(problem.mask.bands, 200, 30, Part(goes_on.numpy()))
+    begun, sums = torch.randn(2, 200), torch.randn(200, 2, 64)
+    begun[:, 80:100] = -torch.inf
+    before = State(torch.randn(200, 2, 64).bfloat16(), begun, sums)
+    state = State(*(x.clone() for x in before))
+    engine.forward(problem.q, problem.k, problem.v, schedule, problem.params, state)
+    alone, lse_alone, _ = engine.forward(problem.q, problem.k, problem.v, replace(schedule, part=None), problem.params)
+    weight = torch.sigmoid(lse_alone - before.lse).T.unsqueeze(2)
+    merged = torch.lerp(sums, alone.float(), weight)
+    merged[80:90] = alone[80:90].float()
+
+    done = torch.ones(200, dtype=torch.bool)
+    done[70:90] = False
+    assert torch.equal(state.lse[:, done], before.lse[:, done])
+    assert torch.equal(state.sums[done], sums[done]) and torch.equal(state.out[done], before.out[done])
+    torch.testing.assert_close(state.lse[:, 70:90], torch.logaddexp(lse_alone, before.lse)[:, 70:90])
+    torch.testing.assert_close(state.out[70:75].float(), merged[70:75], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(state.sums[75:90], merged[75:90], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["full", "varlen causal", SEVERAL])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("members", [1, 3])
+def test_query_heads_of_an_item(engine: EmulatedEngine, name: str, head_dim: int, members: int) -> None:
+    problem = make_problem(named_masks(260)[name], (6, 2), head_dim)
+    engine.launch.members_of_items = lambda walk, group: members
+    check_bound(run_engine(engine, problem), problem)
+    check_bound(run_in_parts(engine, problem, [100]), problem)
 
 
 @pytest.mark.parametrize("run", [run_engine, lambda engine, problem: run_in_parts(engine, problem, [100])])
@@ -207,7 +224,10 @@ def test_fewer_heads_at_a_time_than_there_are(engine: EmulatedEngine) -> None:
 def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
     """Of those results that are not added up in memory, every bit; and nobody is in anybody's way."""
     problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dim)
-    first, *others = (run_engine(EmulatedEngine(seed, 2), problem) for seed in range(8))
+    engines = [EmulatedEngine(seed, 2) for seed in range(8)]
+    for engine in engines:
+        engine.launch.members_of_items = lambda walk, group: group
+    first, *others = (run_engine(engine, problem) for engine in engines)
     for results in (first, *others):
         check_bound(results, problem)
         assert all(torch.equal(results[n], first[n]) for n in (0, 1, 3, 4))

@@ -20,6 +20,7 @@ from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels import hopper
 from magi_attention.kernels.hopper.launcher import Tiles, _kind
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import State
 from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.mask_zoo import named_masks
 
@@ -91,8 +92,8 @@ def run(mask: AttnMask, inputs: list[torch.Tensor], params: AttnParams = AttnPar
     """Forward and backward, as one part of the keys and merged into the result over others."""
     q, k, v = inputs
     schedule = hopper.schedule(mask.bands, mask.total_seqlen_q, mask.total_seqlen_k)
-    out, lse = hopper.forward(q, k, v, schedule, params, BF16)
-    hopper.forward(q, k, v, schedule, params, onto=(out.float(), lse))
+    out, lse, _ = hopper.forward(q, k, v, schedule, params)
+    hopper.forward(q, k, v, schedule, params, State(out, lse, out.float()))
     grads = hopper.start_backward(out, q, lse, None, params)
     hopper.backward(grads, q, k, v, schedule, params, BF16)
     hopper.finish_backward(grads, params, BF16)
@@ -108,7 +109,7 @@ def test_one_call(driver: FakeCudaDriver) -> None:
     out, lse = flex_flash_attn_func(q, k, v, ranges, ranges, softmax_scale=0.5, engine="hopper")
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     forward, start, backward, finish = driver.launches
-    assert [launch.kernel for launch in driver.launches] == [
+    assert [x.kernel for x in driver.launches] == [
         "forward_kernel",
         "start_kernel",
         "backward_kernel",
@@ -126,7 +127,7 @@ def test_one_call(driver: FakeCudaDriver) -> None:
     assert (walk.num_windows, walk.heads, walk.num_items) == (5, 2, 10) and len(walk.windows) == 5
     assert arguments["scales"].product == 0.5
     assert (arguments["GROUP"], arguments["PACK"], arguments["HEAD_DIM"]) == (2, 2, 64)
-    assert not (arguments["MERGE"] or arguments["SOFTCAP"] or arguments["LAYERED"])
+    assert not (arguments["PART"] or arguments["SOFTCAP"] or arguments["LAYERED"])
 
     arguments = backward.arguments
     assert arguments["q_desc"].base.data_ptr() == q.data_ptr() and tuple(arguments["q_desc"].shape) == q.shape
@@ -138,19 +139,34 @@ def test_one_call(driver: FakeCudaDriver) -> None:
     assert finish.arguments["dq"].data_ptr() == dq.data_ptr()
 
 
+def test_items_of_one_query_head_where_windows_are_uneven(driver: FakeCudaDriver) -> None:
+    q, k, v = make_inputs(300)
+    schedule, params = hopper.schedule(builders.causal(300).bands, 300, 300), AttnParams(1.0)
+    grads = hopper.start_backward(q.detach(), q, torch.zeros(4, 300), None, params)
+    dk, dv = hopper.backward(grads, q, k, v, schedule, params, BF16)
+    backward, finish_dk, finish_dv = list(driver.launches)[1:]
+    assert (backward.grid, backward.arguments["MEMBERS"]) == ((12, 1, 1), 1)
+    for finish, name, grad in ((finish_dk, "dk", dk), (finish_dv, "dv", dv)):
+        assert finish.arguments["sums"].data_ptr() == backward.arguments[f"{name}_desc"].base.data_ptr()
+        assert not finish.arguments["sums"].any() and finish.arguments["sums"].dtype == torch.float32
+        assert finish.arguments["dq"] is grad and finish.arguments["scale"] == 1.0
+
+
 def test_other_masks_and_lengths_compile_nothing(h100: FakeCudaDriver) -> None:
     """Numbers of windows, items and tokens that are 1, multiples of 16, and neither; compiled for the first."""
     for first in (1, 2048, 1000):
         with fake_h100() as driver:
             run(builders.causal(first), make_inputs(first))
-            assert driver.num_compiled == 5
+            for mask in (builders.causal(500), builders.full(500)):  # two kernels of the backward pass
+                run(mask, make_inputs(500))
+            assert driver.num_compiled == 6
             for tokens in (1, 7, 16, 64, 65, 512, 1000, 2048):
                 window = builders.sliding_window(tokens, (5, 0))
                 for mask in (builders.causal(tokens), builders.full(tokens), window):
                     run(mask, make_inputs(tokens))
-            assert driver.num_compiled == 5
-            for launch in driver.launches:
-                check_fit(launch)
+            assert driver.num_compiled == 6
+            for each in driver.launches:
+                check_fit(each)
 
 
 def test_masks_of_several_intervals_have_their_own_kernels(driver: FakeCudaDriver) -> None:
@@ -167,7 +183,7 @@ def test_strides_that_are_no_multiples_of_16(driver: FakeCudaDriver) -> None:
     schedule, params = hopper.schedule(builders.causal(75).bands, 75, 75), AttnParams(1.0)
     for heads in (2, 1, 2):
         q, k, v = make_inputs(75, (heads, heads), 8)
-        out, lse = hopper.forward(q, k, v, schedule, params, BF16)
+        out, lse, _ = hopper.forward(q, k, v, schedule, params)
         assert last(driver, "forward_kernel").arguments["out"].rows.token_stride == heads * 8
         hopper.start_backward(out, q, lse, None, params)
         assert last(driver, "start_kernel").arguments["dout"].token_stride == heads * 8

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.kernels.hopper.walk import READ_AHEAD, ROW_BEGINS_INSIDE, ROW_ENDS_INSIDE, Walk, build_walk
+from magi_attention.kernels.hopper.walk import (
+    ENDS,
+    GOES_ON,
+    READ_AHEAD,
+    ROW_BEGINS_INSIDE,
+    ROW_ENDS_INSIDE,
+    Walk,
+    build_walk,
+)
 from magi_attention.kernels.hopper.windows import MASK_COST, TILE_COST, WINDOW_COST
 from magi_attention.mask import AttnMask, builders
 from magi_attention.mask.bands import transpose
@@ -28,7 +36,7 @@ class Tile(NamedTuple):
 
 def walk_tiles(walk: Walk, step: int) -> Iterator[Tile]:
     """Every tile in the order in which a kernel visits it, which it learns from the arrays alone."""
-    for window, (_, _, entry, num_tiles) in enumerate(walk.windows.tolist()):
+    for window, (_, _, entry, num_tiles, _) in enumerate(walk.windows.tolist()):
         left = 0
         for _ in range(num_tiles):
             if left == 0:
@@ -53,8 +61,8 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
     dense = mask.to_dense().T if transposed else mask.to_dense()
     bands = transpose(mask.bands) if transposed else mask.bands
     align = 4 if transposed and block_cols % 4 == 0 else 1
-    walk = build_walk(bands, *dense.shape, block_rows, block_cols, align, ascending=transposed)
-    step = block_cols if transposed else -block_cols
+    goes_on = np.arange(dense.shape[0]) % 7 < 3
+    walk = build_walk(bands, *dense.shape, block_rows, block_cols, align, goes_on)
     assert not (walk.entries[:, 0] % align).any()
     num_rows, num_cols = dense.shape
     assert (walk.num_rows, walk.num_cols) == dense.shape
@@ -62,7 +70,7 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
     assert all(x.flags.c_contiguous for x in (walk.windows, walk.entries, walk.starts, walk.ends))
 
     windows = walk.windows
-    assert sorted(i for first, rows, _, _ in windows.tolist() for i in range(first, first + rows)) == [*range(num_rows)]
+    assert sorted(i for first, rows, *_ in windows.tolist() for i in range(first, first + rows)) == [*range(num_rows)]
     assert ((windows[:, 1] >= 1) & (windows[:, 1] <= block_rows)).all()
     assert (np.diff(windows[:, 3]) <= 0).all(), "the heaviest window comes first"
     same = np.diff(windows[:, 3]) == 0
@@ -70,6 +78,10 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
     for padded in (walk.starts, walk.ends):
         assert padded.shape[1] >= max(windows[:, 0], default=0) + block_rows + READ_AHEAD
         assert (padded[:, num_rows:] == 0).all()
+
+    for first, rows, _, _, flags in windows.tolist():
+        going = goes_on[first : first + rows]
+        assert flags == GOES_ON * going.any() + ENDS * (not going.all())
 
     assert walk.entries[-2:].tolist() == [[0, 1, ROW_ENDS_INSIDE, 0]] * 2
     assert (walk.entries[:, 1] >= 1).all() and (walk.entries[:, 3] == 0).all()
@@ -79,10 +91,10 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
 
     count = np.zeros((num_rows, num_cols + block_cols), np.int64)
     before: Tile | None = None
-    for tile in walk_tiles(walk, step):
+    for tile in walk_tiles(walk, -block_cols):
         if before is not None and before.window == tile.window:
-            low, high = (before, tile) if transposed else (tile, before)
-            assert (low.layer, low.col + (low.layer == high.layer) * block_cols) <= (high.layer, high.col)
+            low = tile.layer, tile.col + (tile.layer == before.layer) * block_cols
+            assert low <= (before.layer, before.col)
         before = tile
         assert 0 <= tile.col < num_cols and 0 <= tile.layer < len(walk.starts)
         rows = slice(windows[tile.window, 0], windows[tile.window, :2].sum())
@@ -126,12 +138,12 @@ def attend(walk: Walk, q: np.ndarray, k: np.ndarray, v: np.ndarray, blocks: tupl
     """
     block_rows, block_cols = blocks
     q, k, v = (np.concatenate((x, np.zeros((sum(blocks), x.shape[1])))) for x in (q, k, v))
-    walk = replace(walk, windows=np.maximum(walk.windows, [0, 0, 0, 1]))
+    walk = replace(walk, windows=np.maximum(walk.windows, [0, 0, 0, 1, 0]))
     tiles: dict[int, list[Tile]] = {}
     for tile in walk_tiles(walk, -block_cols):
         tiles.setdefault(tile.window, []).append(tile)
     out = np.full((walk.num_rows, v.shape[1]), np.nan)
-    for window, (first, num_rows, _, _) in enumerate(walk.windows.tolist()):
+    for window, (first, num_rows, *_) in enumerate(walk.windows.tolist()):
         rows = slice(first, first + block_rows)
         acc, total, top = np.zeros((block_rows, v.shape[1])), np.zeros(block_rows), np.full(block_rows, -np.inf)
         for tile in tiles[window]:

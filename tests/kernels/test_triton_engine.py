@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.kernels.engine import Engine
+from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.triton import schedule
 from magi_attention.kernels.triton.triton_schedule import Walk
 from magi_attention.mask import AttnMask, builders
@@ -137,27 +138,28 @@ def test_parts_of_the_keys(run: Interpreter, name: str, bounds: list[int]) -> No
     check(run.run(run_in_parts, problem, bounds), problem)
 
 
-def merge_into(
-    engine: Engine, problem: Problem, onto: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tiles = engine.schedule(problem.mask.bands, len(problem.q), len(problem.k))
-    return engine.forward(problem.q, problem.k, problem.v, tiles, problem.params, onto=onto)
+def add_part_to(engine: Engine, problem: Problem, goes_on: torch.Tensor, state: State) -> State:
+    tiles = engine.schedule(problem.mask.bands, len(problem.q), len(problem.k), Part(goes_on.numpy()))
+    return engine.forward(problem.q, problem.k, problem.v, tiles, problem.params, state)
 
 
-def test_what_keys_add_nothing_to_is_kept_to_the_bit(run: Interpreter) -> None:
+@pytest.mark.parametrize("is_last", [False, True])
+def test_what_keys_add_nothing_to_is_kept_to_the_bit(run: Interpreter, is_last: bool) -> None:
     """Rows of a tile without keys, and rows without keys in a tile with some."""
     problem = make_problem(AttnMask.from_slices([(40, 50)], [(0, 30)], "full", 96, 30), (2, 1), 16, torch.float32)
-    onto = torch.randn(96, 2, 16), torch.randn(2, 96)
-    onto[0][45:60], onto[1][:, 45:60] = 0, -torch.inf
-    out, lse = run.run(merge_into, problem, tuple(x.clone() for x in onto))
+    begun, sums = torch.randn(2, 96), torch.randn(96, 2, 16)
+    begun[:, 45:60], sums[45:60] = -torch.inf, 0
+    state = State(torch.zeros_like(sums), begun.clone(), sums.clone())
+    out, lse, total = run.run(add_part_to, problem, torch.full((96,), not is_last), state)
     alone, lse_alone = run.run(run_engine, problem)[:2]
     kept = torch.ones(96, dtype=torch.bool)
     kept[40:50] = False
-    assert torch.equal(out[kept], onto[0][kept]) and torch.equal(lse[:, kept], onto[1][:, kept])
-    assert torch.equal(out[45:50], alone[45:50]) and torch.equal(lse[:, 45:50], lse_alone[:, 45:50])
-    weight = torch.sigmoid(lse_alone - onto[1])[:, 40:45].T.unsqueeze(2)
-    torch.testing.assert_close(out[40:45], torch.lerp(onto[0][40:45], alone[40:45], weight))
-    torch.testing.assert_close(lse[:, 40:45], torch.logaddexp(lse_alone, onto[1])[:, 40:45])
+    assert torch.equal(out, total if is_last else torch.zeros_like(sums))
+    assert torch.equal(total[kept], sums[kept]) and torch.equal(lse[:, kept], begun[:, kept])
+    assert torch.equal(total[45:50], alone[45:50]) and torch.equal(lse[:, 45:50], lse_alone[:, 45:50])
+    weight = torch.sigmoid(lse_alone - begun)[:, 40:45].T.unsqueeze(2)
+    torch.testing.assert_close(total[40:45], torch.lerp(sums[40:45], alone[40:45], weight))
+    torch.testing.assert_close(lse[:, 40:45], torch.logaddexp(lse_alone, begun)[:, 40:45])
 
 
 @pytest.mark.parametrize("name", ["dout", "dlse"])

@@ -14,6 +14,7 @@ import torch
 from magi_attention.kernels import triton as by_tiles
 from magi_attention.kernels.hopper.hopper_schedule import HopperSchedule
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask.bands import IntArray
 
@@ -42,9 +43,9 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def schedule(bands: IntArray, num_rows: int, num_keys: int) -> HopperSchedule:
+def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> HopperSchedule:
     """A mask for this engine; it is compiled to walks at the first call with a device and a shape of tiles."""
-    return HopperSchedule(bands, num_rows, num_keys)
+    return HopperSchedule(bands, num_rows, num_keys, part)
 
 
 def forward(
@@ -53,20 +54,19 @@ def forward(
     v: torch.Tensor,
     schedule: HopperSchedule,
     params: AttnParams,
-    out_dtype: torch.dtype | None = None,
-    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    state: State | None = None,
+) -> State:
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
     from magi_attention.kernels.hopper.launch import launch_forward
 
-    assert onto is None or out_dtype is None
-    if onto is not None:
-        launch_forward(q, k, v, schedule, params, onto, merge=True)
-        return onto
-    out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    launch_forward(q, k, v, schedule, params, (out, lse), merge=False)
-    return out, lse
+    is_later = state is not None
+    if state is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        whole = schedule.part is None or schedule.part.is_last
+        state = State(out, lse, None if whole else torch.empty_like(out, dtype=torch.float32))
+    launch_forward(q, k, v, schedule, params, state, is_later)
+    return state
 
 
 def start_backward(

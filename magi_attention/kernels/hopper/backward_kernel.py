@@ -1,9 +1,11 @@
-"""The backward kernel for Hopper: a program owns 128 keys of one head and walks the queries that attend them.
+"""The backward kernel for Hopper: an item is 128 keys of one head, whose program walks the queries that attend them.
 
 It has two consumers, warp groups that own 64 keys each, and one producer, a warp that feeds them tiles of q and dout by
 bulk copies. Scores are made transposed, keys by queries, so that dk and dv add up in registers over all query heads
 that share the keys, and P and dS are ready there as operands. For dq both consumers need all of dS: they exchange it
 through shared memory, and each adds its half of dq to memory by a bulk reduction.
+
+An item may also be the keys and one query head. Then dk and dv are added to memory in their turn.
 """
 
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from magi_attention.kernels.hopper.gluon_compat import add_tile, load_tile
 from magi_attention.kernels.hopper.pipeline import (
     ROW_BEGINS_INSIDE,
     ROW_ENDS_INSIDE,
+    add_rows,
     columns_before,
     exp2,
     load_entry,
@@ -36,29 +39,33 @@ KEYS = gl.constexpr(64)  # of a consumer
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_queries, rings, GROUP: gl.constexpr):
+def produce(
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_queries, rings,
+    GROUP: gl.constexpr, MEMBERS: gl.constexpr,
+):  # fmt: skip
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[0]
     STAGES: gl.constexpr = rings.q.full.shape[0]
     turn = 0
     tile = 0
-    item = load_item(walk, 0)
+    item = load_item(walk, 0, False)
     while item.index < walk.num_items:
         # Entries are read one ahead, so that nothing waits for them.
         query, run, _ = load_entry(walk, item.entry)
+        head_kv = item.head * MEMBERS // GROUP
         mbarrier.wait(rings.k.empty.index(0), (turn & 1) ^ 1)
         mbarrier.expect(rings.k.full.index(0), 2 * k_desc.block_type.nbytes)
         for consumer in gl.static_range(2):
             load_tile(
-                k_desc, [item.row + consumer * KEYS, item.head, 0], rings.k.full.index(0), rings.k.tiles.index(consumer)
+                k_desc, [item.row + consumer * KEYS, head_kv, 0], rings.k.full.index(0), rings.k.tiles.index(consumer)
             )
         mbarrier.wait(rings.v.empty.index(0), (turn & 1) ^ 1)
         mbarrier.expect(rings.v.full.index(0), 2 * v_desc.block_type.nbytes)
         for consumer in gl.static_range(2):
             load_tile(
-                v_desc, [item.row + consumer * KEYS, item.head, 0], rings.v.full.index(0), rings.v.tiles.index(consumer)
+                v_desc, [item.row + consumer * KEYS, head_kv, 0], rings.v.full.index(0), rings.v.tiles.index(consumer)
             )
-        for member in range(GROUP):
-            head = item.head * GROUP + member
+        for member in range(MEMBERS):
+            head = item.head * MEMBERS + member
             entry = item.entry
             left = item.tiles
             while left > 0:
@@ -79,11 +86,11 @@ def produce(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_q
                     mbarrier.expect(dout_full, dout_desc.block_type.nbytes + BLOCK_Q * 4)
                     load_tile(dout_desc, [query, head, 0], dout_full, rings.dout.tiles.index(stage))
                     load_tile(delta_desc, [term], dout_full, rings.delta.index(stage))
-                    query += BLOCK_Q
+                    query -= BLOCK_Q
                     tile += 1
                 query, run = next_query, next_run
         turn += 1
-        item = load_item(walk, turn)
+        item = load_item(walk, turn, False)
 
 
 class Rings(NamedTuple):
@@ -210,6 +217,7 @@ def consume(
     rings,
     CONSUMER: gl.constexpr,
     GROUP: gl.constexpr,
+    MEMBERS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
@@ -224,7 +232,7 @@ def consume(
 
     turn = 0
     tile = 0
-    item = load_item(walk, 0)
+    item = load_item(walk, 0, False)
     while item.index < walk.num_items:
         key, live = item.row + CONSUMER * KEYS, item.rows - CONSUMER * KEYS
         query, run, code = load_entry(walk, item.entry)
@@ -235,8 +243,8 @@ def consume(
         dv = gl.zeros([KEYS, D], gl.float32, acc_layout)
         mbarrier.wait(rings.k.full.index(0), turn & 1)
         mbarrier.wait(rings.v.full.index(0), turn & 1)
-        for member in range(GROUP):
-            head = item.head * GROUP + member
+        for member in range(MEMBERS):
+            head = item.head * MEMBERS + member
             entry = item.entry
             left = item.tiles
             while left > 0:
@@ -251,7 +259,7 @@ def consume(
                             dk, dv, k_tile, v_tile, rings, dq_out, tile, query, head, starts, ends, flags, scales,
                             CONSUMER, False, SOFTCAP,
                         )  # fmt: skip
-                        query += BLOCK_Q
+                        query -= BLOCK_Q
                         tile += 1
                 else:
                     for _ in range(run):
@@ -259,20 +267,25 @@ def consume(
                             dk, dv, k_tile, v_tile, rings, dq_out, tile, query, head, starts, ends, flags, scales,
                             CONSUMER, True, SOFTCAP,
                         )  # fmt: skip
-                        query += BLOCK_Q
+                        query -= BLOCK_Q
                         tile += 1
                 query, run, code = next_query, next_run, next_code
                 if LAYERED:
                     starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
         mbarrier.arrive(rings.k.empty.index(0), count=1)
         v_buffer = rings.v.tiles.index(CONSUMER)
+        head_kv = item.head * MEMBERS // GROUP
         if live > 0:
-            store_rows(dv, dv_rows, dv_desc, v_buffer, key, item.head, live, HEAD_DIM)
-            store_rows(dk * scales.product, dk_rows, dk_desc, v_buffer, key, item.head, live, HEAD_DIM)
+            if MEMBERS == GROUP:
+                store_rows(dv, dv_rows, dv_desc, v_buffer, key, head_kv, live, HEAD_DIM)
+                store_rows(dk * scales.product, dk_rows, dk_desc, v_buffer, key, head_kv, live, HEAD_DIM)
+            else:
+                add_rows(dv, dv_desc, dq_tiles.index(CONSUMER), key, head_kv)
+                add_rows(dk * scales.product, dk_desc, dq_tiles.index(CONSUMER), key, head_kv)
         tma.store_wait(0)
         mbarrier.arrive(rings.v.empty.index(0), count=1)
         turn += 1
-        item = load_item(walk, turn)
+        item = load_item(walk, turn, False)
 
 
 @gluon.jit
@@ -292,6 +305,7 @@ def backward_kernel(
     walk,
     scales,
     GROUP: gl.constexpr,
+    MEMBERS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -320,17 +334,20 @@ def backward_kernel(
                 consume,
                 (
                     ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-                    0, GROUP, HEAD_DIM, SOFTCAP, LAYERED,
+                    0, GROUP, MEMBERS, HEAD_DIM, SOFTCAP, LAYERED,
                 ),
             ),
             (
                 consume,
                 (
                     ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-                    1, GROUP, HEAD_DIM, SOFTCAP, LAYERED,
+                    1, GROUP, MEMBERS, HEAD_DIM, SOFTCAP, LAYERED,
                 ),
             ),
-            (produce, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_queries, rings, GROUP)),
+            (
+                produce,
+                (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_queries, rings, GROUP, MEMBERS),
+            ),
         ],
         [4, 1],
         [240, 24],

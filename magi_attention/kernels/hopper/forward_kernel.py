@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from magi_attention.kernels.hopper.gluon_compat import load_tile
 from magi_attention.kernels.hopper.pipeline import (
+    ENDS,
+    GOES_ON,
     LN2,
     LOG2_E,
     ROW_BEGINS_INSIDE,
@@ -29,8 +31,9 @@ from magi_attention.kernels.hopper.pipeline import (
     load_entry,
     load_intervals,
     load_item,
-    load_rows,
+    load_kept,
     make_ring,
+    store_kept,
     store_rows,
     tanh,
 )
@@ -46,8 +49,8 @@ def produce(q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP: gl.cons
     turn = 0
     tile = 0
     # Everything is read one step ahead, so that nothing waits for it.
-    item = load_item(walk, 0)
-    after = load_item(walk, 1)
+    item = load_item(walk, 0, True)
+    after = load_item(walk, 1, True)
     first_col, first_run, _ = load_entry(walk, item.entry)
     while item.index < walk.num_items:
         col, run = first_col, first_run
@@ -55,7 +58,7 @@ def produce(q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP: gl.cons
         row, head, entry = item.row, item.head * PACK, item.entry
         left = gl.maximum(item.tiles, 1)  # rows that attend nothing have a tile, too
         item = after
-        after = load_item(walk, turn + 2)
+        after = load_item(walk, turn + 2, True)
         head_kv = head // GROUP
         stage = turn % Q_STAGES
         q_full = q_ring.full.index(stage)
@@ -85,10 +88,15 @@ def produce(q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP: gl.cons
         turn += 1
 
 
+WHOLE, FIRST_PART, LATER_PART = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+"""Which keys a launch is over: all, or a part of them, see :mod:`magi_attention.kernels.parts`."""
+
+
 class Out(NamedTuple):
-    """Where results go."""
+    """Where results go. Without parts of the keys, ``sums`` is anything."""
 
     rows: Any
+    sums: Any
     lse: Any
     lse_stride: int
 
@@ -101,43 +109,47 @@ def row_sums(p):
 
 @gluon.jit
 def finish(
-    acc,
-    top,
-    total,
-    out,
-    out_desc,
-    buffer,
-    row,
-    head,
-    live,
-    scale,
-    HEAD_DIM: gl.constexpr,
-    MERGE: gl.constexpr,
-    rows: gl.constexpr,
-):
-    """Normalise the sums of an item and store them; ``live`` of its rows exist."""
+    acc, top, total, out, out_desc, buffer, item, scale,
+    ROW_STEP: gl.constexpr, HEAD_STEP: gl.constexpr, PACK: gl.constexpr, HEAD_DIM: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Normalise the sums of an item and store them."""
+    row, live, head = item.row + ROW_STEP, item.rows - ROW_STEP, item.head * PACK + HEAD_STEP
+    rows: gl.constexpr = top.type.layout
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     total = gl.convert_layout(gl.sum(total, 1), rows)
     dead = total == 0.0
     lse = gl.where(dead, float("-inf"), (top * scale + gl.log2(total)) * LN2)
     weight = gl.where(dead, 0.0, 1.0 / total)
     token = gl.arange(0, ROWS, layout=rows)
+    kept = token < live
     lse_ptr = out.lse + gl.cast(head, gl.int64) * out.lse_stride + row + token
-    if MERGE:
-        before = gl.load(lse_ptr, mask=token < live, other=float("-inf"))
+    if PART == LATER_PART:
+        kept = kept & (total != 0.0)  # what these keys add nothing to stays as it is
+        before = gl.load(lse_ptr, mask=kept, other=float("-inf"))
         high = gl.maximum(before, lse)
         high = gl.where(high == float("-inf"), 0.0, high)
         merged = high + gl.log2(exp2((before - high) * LOG2_E) + exp2((lse - high) * LOG2_E)) * LN2
-        reference = gl.where(merged == float("-inf"), 0.0, merged)
-        weight *= exp2((lse - reference) * LOG2_E)
-        weight_before = exp2((before - reference) * LOG2_E)
+        weight *= exp2((lse - merged) * LOG2_E)
+        weight = gl.where(kept, weight, 0.0)
+        weight_before = gl.where(kept, exp2((before - merged) * LOG2_E), 0.0)
+        begun = before != float("-inf")
         lse = merged
-    gl.store(lse_ptr, lse, mask=token < live)
+    gl.store(lse_ptr, lse, mask=kept)
     result = acc * gl.convert_layout(weight, acc_rows)[:, None]
-    if MERGE:
-        before = load_rows(acc, out.rows, row, head, live, HEAD_DIM)
+    kept = gl.convert_layout(kept, acc_rows)
+    if PART == LATER_PART:
+        before = load_kept(acc, out.sums, row, head, gl.convert_layout(begun, acc_rows), HEAD_DIM)
         result += before * gl.convert_layout(weight_before, acc_rows)[:, None]
-    store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM)
+    if PART == WHOLE:
+        store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM)
+    else:
+        if (item.flags & GOES_ON) != 0:
+            store_kept(result, out.sums, row, head, kept, HEAD_DIM)
+        if (item.flags & ENDS) != 0:
+            if PART == FIRST_PART:
+                store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM)
+            else:
+                store_kept(result.to(out_desc.dtype), out.rows, row, head, kept, HEAD_DIM)
 
 
 @gluon.jit
@@ -223,7 +235,7 @@ def consume(
     HEAD_DIM: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
-    MERGE: gl.constexpr,
+    PART: gl.constexpr,
 ):
     BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
     D: gl.constexpr = k_ring.tiles.shape[3]
@@ -242,13 +254,14 @@ def consume(
 
     turn = 0
     tile = 0
-    item = load_item(walk, 0)
+    item = load_item(walk, 0, True)
     col, run, code = load_entry(walk, item.entry)
     starts, ends = load_intervals(walk, code, item.row + ROW_STEP, item.rows - ROW_STEP, rows, LAYERED)
     while item.index < walk.num_items:
-        row, live, head, entry = item.row + ROW_STEP, item.rows - ROW_STEP, item.head * PACK + HEAD_STEP, item.entry
+        done = item
+        row, live, entry = item.row + ROW_STEP, item.rows - ROW_STEP, item.entry
         left = gl.maximum(item.tiles, 1) - 1
-        item = load_item(walk, turn + 1)
+        item = load_item(walk, turn + 1, True)
         q_stage = turn % Q_STAGES
         mbarrier.wait(q_ring.full.index(q_stage), (turn // Q_STAGES) & 1)
         q_tile = q_ring.tiles.index(q_stage * 2 + CONSUMER).reshape([ROWS, D])
@@ -273,22 +286,9 @@ def consume(
             if (code & 3) == 0:
                 for _ in range(run):
                     acc, p, top, total = next_tile(
-                        acc,
-                        p,
-                        top,
-                        total,
-                        q_tile,
-                        k_ring,
-                        v_ring,
-                        tile,
-                        scales,
-                        starts,
-                        ends,
-                        code,
-                        col,
-                        False,
-                        SOFTCAP,
-                    )
+                        acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
+                        False, SOFTCAP,
+                    )  # fmt: skip
                     tile += 1
             else:
                 for _ in range(run):
@@ -309,8 +309,8 @@ def consume(
         tile += 1
         if live > 0:
             finish(
-                acc, top, total, out, out_desc, out_buffers.index(CONSUMER), row, head, live, scale,
-                HEAD_DIM, MERGE, rows,
+                acc, top, total, out, out_desc, out_buffers.index(CONSUMER), done, scale,
+                ROW_STEP, HEAD_STEP, PACK, HEAD_DIM, PART,
             )  # fmt: skip
         turn += 1
     tma.store_wait(0)
@@ -332,7 +332,7 @@ def forward_kernel(
     Q_STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
-    MERGE: gl.constexpr,
+    PART: gl.constexpr,
 ):
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[2]
@@ -350,43 +350,19 @@ def forward_kernel(
             (
                 consume,
                 (
-                    out,
-                    out_desc,
-                    walk,
-                    scales,
-                    q_ring,
-                    k_ring,
-                    v_ring,
-                    out_buffers,
-                    0,
-                    PACK,
-                    HEAD_DIM,
-                    SOFTCAP,
-                    LAYERED,
-                    MERGE,
+                    out, out_desc, walk, scales, q_ring, k_ring, v_ring, out_buffers,
+                    0, PACK, HEAD_DIM, SOFTCAP, LAYERED, PART,
                 ),
             ),
             (
                 consume,
                 (
-                    out,
-                    out_desc,
-                    walk,
-                    scales,
-                    q_ring,
-                    k_ring,
-                    v_ring,
-                    out_buffers,
-                    1,
-                    PACK,
-                    HEAD_DIM,
-                    SOFTCAP,
-                    LAYERED,
-                    MERGE,
+                    out, out_desc, walk, scales, q_ring, k_ring, v_ring, out_buffers,
+                    1, PACK, HEAD_DIM, SOFTCAP, LAYERED, PART,
                 ),
             ),
             (produce, (q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP, PACK)),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from magi_attention.kernels.hopper.walk import Walk, build_walk
+from magi_attention.kernels.parts import Part
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule, copy_to_device
 from magi_attention.mask.bands import IntArray, transpose
 
@@ -20,11 +21,12 @@ class DeviceWalk:
     """The arrays of a :class:`~magi_attention.kernels.hopper.walk.Walk` on a device.
 
     Attributes:
-        windows: int32 ``(num_windows, 4)``.
+        windows: int32 ``(num_windows, 5)``.
         entries: int32 ``(num_entries + 2, 4)``.
         starts: int32 ``(num_layers, padded rows)``.
         ends: The same.
         num_busy: How many windows, all at the front, have tiles.
+        is_uneven: Whether most windows have another number of tiles than the window behind them.
     """
 
     windows: torch.Tensor
@@ -32,6 +34,7 @@ class DeviceWalk:
     starts: torch.Tensor
     ends: torch.Tensor
     num_busy: int
+    is_uneven: bool
 
     @classmethod
     def copy(cls, walk: Walk, device: torch.device) -> "DeviceWalk":
@@ -39,12 +42,14 @@ class DeviceWalk:
         windows, entries, starts, ends = (
             copy_to_device(x, device) for x in (walk.windows, walk.entries, walk.starts, walk.ends)
         )
-        return cls(windows, entries, starts, ends, int(np.count_nonzero(walk.windows[:, 3])))
+        tiles = walk.windows[np.argsort(walk.windows[:, 0]), 3]
+        differ = np.count_nonzero(np.diff(tiles))
+        return cls(windows, entries, starts, ends, int(np.count_nonzero(tiles)), 2 * differ > len(tiles))
 
 
 @dataclass(frozen=True, eq=False)
 class HopperSchedule:
-    """The mask of ``num_rows`` x ``num_keys`` scores.
+    """The mask of ``num_rows`` x ``num_keys`` scores, and which part of the keys these are, if not all.
 
     The size of tiles depends on head_dim and on how many query heads share a key head, which a schedule is made
     without; so walks are made when they are first asked for, and kept. They are not pickled.
@@ -53,12 +58,13 @@ class HopperSchedule:
     bands: IntArray
     num_rows: int
     num_keys: int
+    part: Part | None = None
     _walks: dict[tuple[bool, int, int, torch.device], DeviceWalk] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def by_tiles(self) -> TritonSchedule:
         """The same mask for the kernels of the triton engine."""
-        return TritonSchedule(self.bands, self.num_rows, self.num_keys)
+        return TritonSchedule(self.bands, self.num_rows, self.num_keys, self.part)
 
     def by_queries(self, block_q: int, block_k: int, device: torch.device) -> DeviceWalk:
         """The walk over windows of queries."""
@@ -71,14 +77,14 @@ class HopperSchedule:
     def _walk(self, transposed: bool, block_rows: int, block_cols: int, device: torch.device) -> DeviceWalk:
         name = (transposed, block_rows, block_cols, device)
         if name not in self._walks:
-            bands, shape = self.bands, (self.num_rows, self.num_keys)
             if transposed:
-                bands, shape = transpose(bands), shape[::-1]
-            self._walks[name] = DeviceWalk.copy(
-                build_walk(bands, *shape, block_rows, block_cols, ALIGN if transposed else 1, ascending=transposed),
-                device,
-            )
+                bands, shape, align, goes_on = transpose(self.bands), (self.num_keys, self.num_rows), ALIGN, None
+            else:
+                bands, shape, align = self.bands, (self.num_rows, self.num_keys), 1
+                goes_on = None if self.part is None else self.part.goes_on
+            walk = build_walk(bands, *shape, block_rows, block_cols, align, goes_on)
+            self._walks[name] = DeviceWalk.copy(walk, device)
         return self._walks[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HopperSchedule, (self.bands, self.num_rows, self.num_keys)
+        return HopperSchedule, (self.bands, self.num_rows, self.num_keys, self.part)

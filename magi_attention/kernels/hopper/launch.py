@@ -6,11 +6,13 @@ from typing import NamedTuple
 import torch
 
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
-from magi_attention.kernels.hopper.forward_kernel import Out, forward_kernel
+from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
 from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSchedule
 from magi_attention.kernels.hopper.launcher import Launcher, rows, tiles
 from magi_attention.kernels.hopper.pipeline import WalkArgs
+from magi_attention.kernels.hopper.row_kernels import launch_finish
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.scales import Scales
 
@@ -56,14 +58,14 @@ def launch_forward(
     v: torch.Tensor,
     schedule: HopperSchedule,
     params: AttnParams,
-    state: tuple[torch.Tensor, torch.Tensor],
-    merge: bool,
+    state: State,
+    is_later: bool,
 ) -> None:
-    """Write ``(out, lse)`` of all rows to ``state``, or ``merge`` these keys into it."""
-    out, lse = state
+    """Write the state of all rows, or, with ``is_later``, take these keys into it."""
+    out, lse, sums = state
     num_rows, num_keys = q.shape[0], k.shape[0]
     if num_rows == 0 or num_keys == 0:
-        if not merge:
+        if not is_later:
             out.zero_()
             lse.fill_(-torch.inf)
         return
@@ -71,7 +73,7 @@ def launch_forward(
     pack = 2 if sizes.group % 2 == 0 else 1
     walk = schedule.by_queries(2 * CONSUMER_ROWS // pack, BLOCK_K, q.device)
     heads = heads_at_a_time(sizes.heads_kv, 4 * num_keys * sizes.dim) * (sizes.group // pack)
-    args = walk_args(walk, walk.num_busy if merge else len(walk.windows), heads, q.shape[1] // pack)
+    args = walk_args(walk, walk.num_busy if is_later else len(walk.windows), heads, q.shape[1] // pack)
     if args.num_items == 0:
         return
     tile, k_tile = (CONSUMER_ROWS, 1, sizes.dim), (BLOCK_K, 1, sizes.dim)
@@ -80,8 +82,8 @@ def launch_forward(
         tiles(copyable(q), tile),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
-        tiles(out, tile) if out.dtype == q.dtype else None,
-        Out(rows(out), lse, num_rows),
+        tiles(out, tile),
+        Out(rows(out), rows(out if sums is None else sums), lse, num_rows),
         args,
         Scales.of(params),
         GROUP=sizes.group,
@@ -91,7 +93,7 @@ def launch_forward(
         Q_STAGES=2,
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
-        MERGE=merge,
+        PART=(LATER_PART if is_later else WHOLE if sums is None else FIRST_PART).value,
     )
 
 
@@ -114,12 +116,18 @@ def launch_backward(
     sizes = Sizes.of(q, k)
     block_q = 64 if sizes.dim == 128 else 128
     walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device)
-    heads = heads_at_a_time(sizes.heads_kv, 8 * num_rows * sizes.dim)
-    args = walk_args(walk, len(walk.windows), heads, sizes.heads_kv)
+    members = members_of_items(walk, sizes.group)
+    if members < sizes.group:
+        sums = torch.zeros(2, num_keys, sizes.heads_kv, sizes.dim, dtype=torch.float32, device=k.device)
+        k_descs = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
+    else:
+        k_descs = [tiles(x, (CONSUMER_ROWS, 1, sizes.dim)) if x.dtype == k.dtype else None for x in results]
+    shares = sizes.heads_kv * sizes.group // members
+    heads = heads_at_a_time(shares, 8 * num_rows * sizes.dim)
+    args = walk_args(walk, len(walk.windows), heads, shares)
     # One program an item starts the next item wherever one ends first; but all multiprocessors get some.
     programs = min(args.num_items, num_programs(q.device, params)) if params.sm_margin else args.num_items
     q_tile, k_tile = (block_q, 1, sizes.dim), (CONSUMER_ROWS, 1, sizes.dim)
-    low = dk.dtype == k.dtype
     _backward(
         (programs, 1, 1),
         tiles(copyable(q), q_tile),
@@ -129,19 +137,31 @@ def launch_backward(
         tiles(grads.lse.view(-1), (block_q,)),
         tiles(grads.delta.view(-1), (block_q,)),
         tiles(grads.dq.view(num_rows, -1), (64, 64)),
-        tiles(dk, k_tile) if low else None,
-        tiles(dv, k_tile) if low else None,
+        *k_descs,
         grads.lse.shape[1],
         rows(dk),
         rows(dv),
         args,
         Scales.of(params),
         GROUP=sizes.group,
+        MEMBERS=members,
         HEAD_DIM=sizes.head_dim,
         STAGES=2,
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
     )
+    if members < sizes.group:
+        launch_finish(sums[0], dk, 1.0)
+        launch_finish(sums[1], dv, 1.0)
+
+
+def members_of_items(walk: DeviceWalk, group: int) -> int:
+    """Of how many query heads an item of the backward pass is: all ``group`` that share a key head, or one.
+
+    With all of them, dk and dv stay in registers. But programs read the queries that they share from the cache only as
+    long as they keep step, and those with more tiles than others fall behind from head to head.
+    """
+    return 1 if walk.is_uneven else group
 
 
 def copyable(x: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from magi_attention.kernels.hopper import walk as flags
-from magi_attention.kernels.hopper.gluon_compat import store_tile
+from magi_attention.kernels.hopper.gluon_compat import add_tile, store_tile
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 ROW_ENDS_INSIDE = gl.constexpr(flags.ROW_ENDS_INSIDE)
 ROW_BEGINS_INSIDE = gl.constexpr(flags.ROW_BEGINS_INSIDE)
+GOES_ON = gl.constexpr(flags.GOES_ON)
+ENDS = gl.constexpr(flags.ENDS)
 
 
 class WalkArgs(NamedTuple):
@@ -61,7 +63,7 @@ def make_ring(tiles, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 class Item(NamedTuple):
-    """A window and a head: rows ``row`` to ``row + rows``, and where their entries are."""
+    """A window and a head: rows ``row`` to ``row + rows``, where their entries are, and the window's flags."""
 
     index: Any
     head: Any
@@ -69,25 +71,29 @@ class Item(NamedTuple):
     rows: Any
     entry: Any
     tiles: Any
+    flags: Any
 
 
 @gluon.jit
-def load_item(walk, turn):
+def load_item(walk, turn, ALTERNATE: gl.constexpr):
     """The item of a turn; behind the last one, some window and no head, and ``index`` is ``num_items`` or more.
 
     Programs take items in turns, every second turn in reverse order, so that two turns together weigh about the same
     for each program: windows get lighter from first to last. Of the groups of heads that are walked side by side, every
-    second one begins with its last window, so that weights go on where they were; the last group begins with its first.
+    second one may begin with its last window, so that weights go on where they were; the last group begins with its
+    first.
     """
     programs, program = gl.num_programs(0), gl.program_id(0)
     index = turn * programs + gl.where((turn & 1) == 1, programs - 1 - program, program)
     size = walk.num_windows * walk.heads
     group = index // size
     window = index % size // walk.heads
-    backwards = ((walk.num_items // size - group) & 1) == 0
-    window = walk.windows + gl.where(backwards, walk.num_windows - 1 - window, window) * 4
+    if ALTERNATE:
+        backwards = ((walk.num_items // size - group) & 1) == 0
+        window = gl.where(backwards, walk.num_windows - 1 - window, window)
     head = group * walk.heads + index % walk.heads
-    return Item(index, head, gl.load(window), gl.load(window + 1), gl.load(window + 2), gl.load(window + 3))
+    at = walk.windows + window * 5
+    return Item(index, head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4))
 
 
 @gluon.jit
@@ -130,27 +136,38 @@ def tanh(x):
 
 
 @gluon.jit
-def row_pointers(like, x, row, head, live, HEAD_DIM: gl.constexpr):
-    """Where the rows ``row`` to ``row + live`` of a head are, in the layout of ``like``, and which of them exist."""
+def row_pointers(like, x, row, head, kept, HEAD_DIM: gl.constexpr):
+    """Where the rows of a head are from ``row`` on, in the layout of ``like``, and which elements are to be kept."""
     token = gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, like.type.layout))
     dim = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, like.type.layout))
     start = x.ptr + gl.cast(row, gl.int64) * x.token_stride + gl.cast(head, gl.int64) * x.head_stride
     offset = (token.to(gl.int64) * x.token_stride)[:, None] + dim[None, :]
-    return start + offset, (token < live)[:, None] & (dim < HEAD_DIM)[None, :]
+    return start + offset, kept[:, None] & (dim < HEAD_DIM)[None, :]
 
 
 @gluon.jit
-def load_rows(like, x, row, head, live, HEAD_DIM: gl.constexpr):
-    ptr, exists = row_pointers(like, x, row, head, live, HEAD_DIM)
+def load_kept(like, x, row, head, kept, HEAD_DIM: gl.constexpr):
+    ptr, exists = row_pointers(like, x, row, head, kept, HEAD_DIM)
     return gl.load(ptr, mask=exists, other=0.0)
+
+
+@gluon.jit
+def store_kept(result, x, row, head, kept, HEAD_DIM: gl.constexpr):
+    ptr, exists = row_pointers(result, x, row, head, kept, HEAD_DIM)
+    gl.store(ptr, result, mask=exists)
+
+
+@gluon.jit
+def first_rows(like, live):
+    """The first ``live`` rows of a tile in the layout of ``like``."""
+    return gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, like.type.layout)) < live
 
 
 @gluon.jit
 def store_rows(result, x, x_desc, buffer, row, head, live, HEAD_DIM: gl.constexpr):
     """Store a tile of results, of which ``live`` rows exist; whole ones leave by a bulk copy from ``buffer``."""
     if x_desc is None:
-        ptr, exists = row_pointers(result, x, row, head, live, HEAD_DIM)
-        gl.store(ptr, result, mask=exists)
+        store_kept(result, x, row, head, first_rows(result, live), HEAD_DIM)
     else:
         low = result.to(x_desc.dtype)
         if live >= result.shape[0]:
@@ -159,5 +176,19 @@ def store_rows(result, x, x_desc, buffer, row, head, live, HEAD_DIM: gl.constexp
             fence_async_shared()
             store_tile(x_desc, [row, head, 0], buffer)
         else:
-            ptr, exists = row_pointers(result, x, row, head, live, HEAD_DIM)
-            gl.store(ptr, low, mask=exists)
+            store_kept(low, x, row, head, first_rows(low, live), HEAD_DIM)
+
+
+@gluon.jit
+def add_rows(result, x_desc, buffer, row, head):
+    """Add a tile of results to memory by bulk reductions, 64 columns at a time."""
+    D: gl.constexpr = result.shape[1]
+    if D == 64:
+        parts = (result,)
+    else:
+        parts = result.reshape([result.shape[0], 2, 64]).permute((0, 2, 1)).split()
+    for n in gl.static_range(D // 64):
+        tma.store_wait(0)
+        buffer.store(parts[n])
+        fence_async_shared()
+        add_tile(x_desc, [row, head * D + n * 64], buffer)

@@ -24,6 +24,12 @@ ROW_ENDS_INSIDE = 1
 ROW_BEGINS_INSIDE = 2
 """Flag of a tile: of some row, the columns start behind the tile's first. Cells are kept where ``column >= starts``."""
 
+GOES_ON = 1
+"""Flag of a window: some row has keys in a later part of the keys, see :mod:`magi_attention.kernels.parts`."""
+
+ENDS = 2
+"""Flag of a window: some row has no keys in a later part."""
+
 READ_AHEAD = 64
 """Rows that a kernel may read behind the ``block_rows`` rows from a window's first."""
 
@@ -37,14 +43,13 @@ class Walk:
     tile has one. Tiles may end behind the last column.
 
     Attributes:
-        windows: int32 ``(num_windows, 4)``, most tiles first: first row, number of rows, first entry, number of tiles.
-            Windows share no row and hold every row.
-        entries: int32 ``(num_entries + 2, 4)``: first column of the tile to visit first, number of tiles, ``layer * 4
-            + flags``, 0. A kernel visits the tiles of an entry at ``block_cols`` columns less each, or, if ascending,
-            more; then the next entry, until it has seen the window's number of tiles. Layers and their columns descend
-            or ascend likewise. The last two entries are a tile each that is masked for rows without columns: windows
-            without tiles have the first as theirs, for kernels that compute at least one tile, and read one entry
-            ahead.
+        windows: int32 ``(num_windows, 5)``, most tiles first: first row, number of rows, first entry, number of tiles,
+            flags. Windows share no row and hold every row.
+        entries: int32 ``(num_entries + 2, 4)``: first column of the last tile, number of tiles, ``layer * 4 + flags``,
+            0. A kernel visits the tiles of an entry at ``block_cols`` columns less each; then the next entry, until it
+            has seen the window's number of tiles. Layers and their columns descend likewise. The last two entries are
+            a tile each that is masked for rows without columns: windows without tiles have the first as theirs, for
+            kernels that compute at least one tile, and read one entry ahead.
         starts: int32 ``(num_layers, num_rows + block_rows + READ_AHEAD)``: first column of each row's ``l``-th
             interval, in ascending order.
         ends: The same of one past its last column. A row with fewer intervals than layers has empty ones, ``[0, 0)``,
@@ -68,7 +73,7 @@ def build_walk(
     block_rows: int,
     block_cols: int,
     align: int = 1,
-    ascending: bool = False,
+    goes_on: NDArray[np.bool_] | None = None,
 ) -> Walk:
     """Compile bands that share no cell.
 
@@ -79,22 +84,24 @@ def build_walk(
         block_rows: Most rows of a window.
         block_cols: Columns of a tile, a multiple of ``align``.
         align: Tiles begin at multiples of it.
-        ascending: Whether a kernel visits the first columns of a window first, and not its last.
+        goes_on: Which rows have columns in a later part of the columns, ``(num_rows,)``; None for no row.
     """
     bands, layer = split_layers(tighten(bands)[0])
     starts, ends = layer_intervals(bands, layer, num_rows + block_rows + READ_AHEAD)
     bounds = cut_windows(bands, starts, ends, num_rows, block_rows, block_cols)
     entries, window = _entries(bands, layer, bounds, num_cols, block_cols, align)
-    if not ascending:
-        entries[:, 0] += (entries[:, 1] - 1) * block_cols
-        entries, window = entries[::-1], window[::-1]
+    entries[:, 0] += (entries[:, 1] - 1) * block_cols
+    entries, window = entries[::-1], window[::-1]
 
     num_windows = len(bounds) - 1
     weight = np.bincount(window, entries[:, 1], num_windows).astype(np.int64)
-    sign = 1 if ascending else -1
-    first_entry = np.searchsorted(sign * window, sign * np.arange(num_windows))
+    first_entry = np.searchsorted(-window, -np.arange(num_windows))
     first_entry[weight == 0] = len(entries)
-    windows = np.stack((bounds[:-1], np.diff(bounds), first_entry, weight), axis=1)
+    flags = np.full(num_windows, ENDS)
+    if goes_on is not None:
+        num_rows_on = np.add.reduceat(goes_on, bounds[:-1], dtype=np.int64)
+        flags = np.where(num_rows_on > 0, GOES_ON, 0) | np.where(num_rows_on < np.diff(bounds), ENDS, 0)
+    windows = np.stack((bounds[:-1], np.diff(bounds), first_entry, weight, flags), axis=1)
     # The longest first, so that none is left to run alone (Graham 1969).
     windows = windows[np.argsort(-weight, kind="stable")]
     entries = np.concatenate((entries, [[0, 1, ROW_ENDS_INSIDE, 0]] * 2))

@@ -16,6 +16,7 @@ import importlib.util
 import torch
 
 from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.triton import tuning
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule
@@ -46,9 +47,9 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def schedule(bands: IntArray, num_rows: int, num_keys: int) -> TritonSchedule:
+def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> TritonSchedule:
     """A mask for this engine; it is compiled to tiles at the first call with a device and a shape of tiles."""
-    return TritonSchedule(bands, num_rows, num_keys)
+    return TritonSchedule(bands, num_rows, num_keys, part)
 
 
 def forward(
@@ -57,22 +58,26 @@ def forward(
     v: torch.Tensor,
     schedule: TritonSchedule,
     params: AttnParams,
-    out_dtype: torch.dtype | None = None,
-    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    state: State | None = None,
+) -> State:
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
     from magi_attention.kernels.triton.forward_kernel import launch_forward
     from magi_attention.kernels.triton.launch import Launch
 
-    assert onto is None or out_dtype is None
-    launch = Launch.of(q, k, v, schedule, params)
-    if onto is None:
-        out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
+    launch, part = Launch.of(q, k, v, schedule, params), schedule.part
+    if state is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        launch_forward(launch, out, lse, merge=False)
-        return out, lse
-    launch_forward(launch, *onto, merge=True)
-    return onto
+        state = State(out, lse, None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32))
+        launch_forward(launch, state.out if state.sums is None else state.sums, state.lse, merge=False)
+        return state
+    assert part is not None
+    if state.sums is None:  # no query goes on
+        return state
+    launch_forward(launch, state.sums, state.lse, merge=True)
+    if part.is_last:
+        state.out.copy_(state.sums)
+    return state
 
 
 def start_backward(

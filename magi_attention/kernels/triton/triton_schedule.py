@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from magi_attention.kernels.parts import Part
 from magi_attention.kernels.tile_schedule import column_runs, cut_rows, layer_intervals, split_layers
 from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten, transpose
 
@@ -52,7 +53,7 @@ class Walk:
 
 @dataclass(frozen=True, eq=False)
 class TritonSchedule:
-    """The mask of ``num_rows`` x ``num_keys`` scores.
+    """The mask of ``num_rows`` x ``num_keys`` scores, and which part of the keys these are, if not all.
 
     The size of tiles depends on head_dim and on how many query heads share a key head, which a schedule is made
     without; so walks are made when they are first asked for, and kept. They are not pickled.
@@ -61,6 +62,7 @@ class TritonSchedule:
     bands: IntArray
     num_rows: int
     num_keys: int
+    part: Part | None = None
     _walks: dict[tuple[bool, int, int, torch.device], Walk] = field(default_factory=dict, init=False, repr=False)
 
     def by_queries(self, block_q: int, block_k: int, device: torch.device) -> Walk:
@@ -81,7 +83,7 @@ class TritonSchedule:
         return self._walks[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TritonSchedule, (self.bands, self.num_rows, self.num_keys)
+        return TritonSchedule, (self.bands, self.num_rows, self.num_keys, self.part)
 
 
 def _make_walk(

@@ -126,6 +126,13 @@ class Tensor:
     def reshape(self, shape: Sequence[int]) -> "Tensor":
         return Tensor(self.data.reshape(shape))
 
+    def permute(self, order: Sequence[int]) -> "Tensor":
+        return Tensor(self.data.permute(*order))
+
+    def split(self) -> tuple["Tensor", "Tensor"]:
+        first, second = self.data.unbind(-1)
+        return Tensor(first), Tensor(second)
+
 
 class Accumulator:
     """What an asynchronous product returns: nothing to compute with before it was waited for."""

@@ -1,0 +1,42 @@
+"""Which queries go on to a later part of the keys."""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.kernels import reference
+from magi_attention.kernels.params import AttnParams
+from magi_attention.kernels.parts import make_parts
+from magi_attention.mask import AttnMask, builders
+from magi_attention.mask.bands import relocate
+from magi_attention.testing.strategies import masks
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks(max_seqlen=40), st.lists(st.integers(0, 40), max_size=4))
+def test_rows_that_attend_a_later_part(mask: AttnMask, cuts: list[int]) -> None:
+    dense = mask.to_dense()
+    num_rows, num_keys = dense.shape
+    bounds = sorted({0, num_keys, *(c for c in cuts if c < num_keys)})
+    whole = np.array([[0, num_rows]])
+    spans = list(pairwise(bounds))
+    parts = make_parts([relocate(mask.bands, whole, np.array([span])) for span in spans], num_rows)
+    for part, (_, end) in zip(parts, spans, strict=True):
+        assert (part.goes_on == dense[:, end:].any(1)).all()
+        assert part.is_last == (not dense[:, end:].any())
+
+
+def test_sums_are_kept_only_where_a_query_goes_on() -> None:
+    q = torch.randn(8, 1, 4)
+    bands = [builders.causal(8).bands, np.zeros((0, 6), np.int64)]
+    only, nothing = (
+        reference.schedule(part_bands, 8, 8, part) for part_bands, part in zip(bands, make_parts(bands, 8), strict=True)
+    )
+    state = reference.forward(q, q, q, only, AttnParams(1.0))
+    assert state.sums is None
+    before = [state.out.clone(), state.lse.clone()]
+    after = reference.forward(q, q, q, nothing, AttnParams(1.0), state)
+    assert after is state and torch.equal(state.out, before[0]) and torch.equal(state.lse, before[1])
