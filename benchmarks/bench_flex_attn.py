@@ -5,7 +5,8 @@
 bf16, random inputs, one sequence. In a round each contender runs once, forward and then backward, each between two
 CUDA events; before, the L2 cache is flushed and the device kept busy for HEAD_START cycles, so that it never waits
 for the host, whose time ``bench_host_time.py`` measures. The order of contenders changes from round to round. Times are
-medians: of at least 7 rounds and 0.3 s a contender, or of 3 rounds that took longer than 3 s a contender. The backward pass is all of ``torch.autograd.grad``: delta, zeroed buffers and casts too. Useful work is
+medians: of at least 7 rounds and 0.3 s a contender, or of 3 rounds that took longer than 3 s a contender. The backward
+pass is all of ``torch.autograd.grad``: delta, zeroed buffers and casts too. Useful work is
 4 x unmasked cells x heads x head_dim, 2.5 times that backward. A contender's times count only if its out, dq, dk, dv
 agree with those of the first contender that ran, which is ours unless it failed.
 
@@ -249,7 +250,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         "Python": sys.version.split()[0],
         "date": str(date.today()),
         "cases": f"preset {args.preset}, bf16, one sequence",
-        "times": f"medians of rounds in changing order, L2 flushed; backward = {BACKWARD_TO_FORWARD} x the forward work",
+        "times": f"medians, order changing, L2 flushed; backward counts {BACKWARD_TO_FORWARD} times the forward work",
     }
 
 
