@@ -24,13 +24,15 @@ class Interface:
     @staticmethod
     def magi_attn_varlen_key(
         cu_seqlens_q, cu_seqlens_k, pad_size, chunk_size, cp_group=None, cp_mesh=None, causal=False,
-        dist_attn_config=DistAttnConfig(), *, plan=None,
+        dist_attn_config=DistAttnConfig(),
+        *, is_same_source=True, is_q_permutable=True, is_k_permutable=True, plan=None,
     ): ...  # fmt: skip
 
     @staticmethod
     def magi_attn_varlen_dispatch(
         x, cu_seqlens_q, cu_seqlens_k, pad_size, chunk_size, cp_group=None, cp_mesh=None, causal=False,
-        dist_attn_config=DistAttnConfig(), *, plan=None,
+        dist_attn_config=DistAttnConfig(),
+        *, is_same_source=True, is_q_permutable=True, is_k_permutable=True, plan=None,
     ): ...  # fmt: skip
 
     @staticmethod
@@ -50,25 +52,29 @@ class Interface:
     @staticmethod
     def make_varlen_key_for_new_mask_after_dispatch(
         cu_seqlens_q, cu_seqlens_k, key_for_dispatch, causal=False, window_size=(-1, -1), dist_attn_config=None,
-        *, plan=None,
+        *, is_same_source=True, is_k_permutable=True, plan=None,
     ): ...  # fmt: skip
 
     @staticmethod
     def make_flex_key_for_new_mask_after_dispatch(
-        q_ranges, k_ranges, attn_mask_type, key_for_dispatch, dist_attn_config=None, *, plan=None
-    ): ...
+        q_ranges, k_ranges, attn_mask_type, key_for_dispatch, dist_attn_config=None,
+        *, total_seqlen_k=None, is_same_source=True, is_k_permutable=True, plan=None,
+    ): ...  # fmt: skip
 
     @staticmethod
-    def dispatch(x, key): ...
+    def dispatch(x, key, *, side="q", grad="replicated"): ...
 
     @staticmethod
-    def undispatch(x, key): ...
+    def undispatch(x, key, *, side="q", grad="replicated"): ...
 
     @staticmethod
-    def calc_attn(q, k, v, key, *, softmax_scale=None, softcap=0.0, deterministic=False, sm_margin=0, engine=None): ...
+    def calc_attn(
+        q, k, v, key, *, softmax_scale=None, softcap=0.0, deterministic=False, sm_margin=0, engine=None,
+        sink=None, return_max_logits=False,
+    ): ...  # fmt: skip
 
     @staticmethod
-    def get_position_ids(key): ...
+    def get_position_ids(key, *, side="q"): ...
 
     @staticmethod
     def get_most_recent_key(): ...
@@ -95,7 +101,7 @@ class FlexFlashAttn:
     def flex_flash_attn_func(
         q, k, v, q_ranges, k_ranges, max_seqlen_q=None, max_seqlen_k=None, attn_type_map=None, softmax_scale=None,
         softcap=0.0, deterministic=False, sm_margin=0, disable_fwd_atomic_reduction=False, auto_range_merge=False,
-        *, engine=None,
+        *, engine=None, sink=None, return_max_logits=False,
     ): ...  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from magi_attention.config import (
 )
 from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges
-from magi_attention.planning import plan_attention, plan_new_mask
+from magi_attention.planning import Sources, plan_attention, plan_new_mask
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "LocalityDispatchAlg",
     "MinHeapDispatchAlg",
     "OverlapConfig",
+    "Sources",
     "UniformOverlapAlg",
     "apply_padding",
     "calc_attn",

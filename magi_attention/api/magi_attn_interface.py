@@ -1,6 +1,7 @@
 """The interface: make a key for a mask, dispatch, attend, undispatch."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -9,11 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from magi_attention.config import DistAttnConfig
 from magi_attention.kernels.engine import choose_engine
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.validate import check_qkv
+from magi_attention.kernels.validate import check_qkv, check_sink
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRanges, builders
-from magi_attention.planning import AttnPlan, RankPlan
+from magi_attention.planning import AttnPlan, DispatchPlan, RankPlan, Sources
 from magi_attention.runtime.cache import runtimes
-from magi_attention.runtime.dispatch import Dispatch, Undispatch
+from magi_attention.runtime.dispatch import Dispatch, GradOfGlobal, Undispatch
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.groups import position_device, resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -21,6 +22,7 @@ from magi_attention.runtime.make_key import make_key, make_key_after_dispatch, r
 
 CuSeqlens = torch.Tensor | Sequence[int]
 MaskTypes = AttnMaskType | str | Sequence[AttnMaskType | str]
+Side = Literal["q", "k"]
 
 
 def magi_attn_varlen_key(
@@ -33,6 +35,9 @@ def magi_attn_varlen_key(
     causal: bool = False,
     dist_attn_config: DistAttnConfig = DistAttnConfig(),
     *,
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
     plan: AttnPlan | RankPlan | None = None,
 ) -> DistAttnRuntimeKey:
     """Make the key of a mask of packed documents: each document attends itself only.
@@ -42,15 +47,19 @@ def magi_attn_varlen_key(
 
     Args:
         cu_seqlens_q: Where the documents begin, and the total: ``(num_documents + 1,)`` integers from 0 up.
-        cu_seqlens_k: The same for keys; the same total as ``cu_seqlens_q``.
-        pad_size: Rows of padding at the end, from :func:`~magi_attention.api.functools.compute_pad_size`. Padding
-            attends nothing.
+        cu_seqlens_k: The same for keys. In self-attention the total is that of ``cu_seqlens_q``.
+        pad_size: Rows of padding at the end of the queries, from
+            :func:`~magi_attention.api.functools.compute_pad_size`; with ``DispatchConfig(uneven=True)`` any, also 0.
+            Padding attends nothing.
         chunk_size: Rows in a chunk, the unit that is given to ranks.
         cp_group: The context-parallel process group. Give either this or ``cp_mesh``.
         cp_mesh: The context-parallel device mesh; all its ranks take part.
         causal: Whether a query attends only the keys up to its own position in its document (aligned at the end
             where the lengths differ).
         dist_attn_config: How to balance the ranks and to split communication into stages.
+        is_same_source: See :func:`magi_attn_flex_key`, as for the next two.
+        is_q_permutable: Whether any rank may have any chunk of queries.
+        is_k_permutable: Whether any rank may have any chunk of keys.
         plan: A plan made ahead with :func:`~magi_attention.planning.plan_attention` from the same arguments.
 
     Returns:
@@ -58,11 +67,13 @@ def magi_attn_varlen_key(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If ``cu_seqlens`` are malformed or of different totals, the padding does not fit, not exactly one of
-            ``cp_group`` and ``cp_mesh`` is given, or ``plan`` was made from other arguments.
+        ValueError: If ``cu_seqlens`` are malformed, or of different totals in self-attention; if the padding does not
+            fit, not exactly one of ``cp_group`` and ``cp_mesh`` is given, rows must keep their order but
+            ``dist_attn_config`` asks for another, or ``plan`` was made from other arguments.
     """
     mask = builders.varlen(cu_seqlens_q, cu_seqlens_k, causal=causal)
-    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
+    sources = Sources(is_same_source, is_q_permutable, is_k_permutable)
+    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan, sources)
 
 
 def magi_attn_varlen_dispatch(
@@ -76,12 +87,15 @@ def magi_attn_varlen_dispatch(
     causal: bool = False,
     dist_attn_config: DistAttnConfig = DistAttnConfig(),
     *,
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
     plan: AttnPlan | RankPlan | None = None,
 ) -> tuple[torch.Tensor, DistAttnRuntimeKey]:
     """Make the key of a mask of packed documents and dispatch ``x`` with it.
 
     Args:
-        x: The global input, the same on every rank, shape ``(total_seqlen, ...)``.
+        x: The global input of the queries, the same on every rank, shape ``(total_seqlen_q, ...)``.
         cu_seqlens_q: See :func:`magi_attn_varlen_key`, as for all further arguments.
         cu_seqlens_k: Where the documents' keys begin, and their total.
         pad_size: Rows of padding at the end.
@@ -90,17 +104,31 @@ def magi_attn_varlen_dispatch(
         cp_mesh: The context-parallel device mesh.
         causal: Whether documents are causal.
         dist_attn_config: How to balance and to split into stages.
+        is_same_source: Whether queries and keys come from the same tokens.
+        is_q_permutable: Whether any rank may have any chunk of queries.
+        is_k_permutable: Whether any rank may have any chunk of keys.
         plan: A plan made ahead.
 
     Returns:
-        This rank's rows of ``x``, shape ``(local_seqlen, ...)``, and the key.
+        This rank's rows of ``x``, shape ``(local_seqlen_q, ...)``, and the key.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: As :func:`magi_attn_varlen_key` and :func:`dispatch`.
     """
     key = magi_attn_varlen_key(
-        cu_seqlens_q, cu_seqlens_k, pad_size, chunk_size, cp_group, cp_mesh, causal, dist_attn_config, plan=plan
+        cu_seqlens_q,
+        cu_seqlens_k,
+        pad_size,
+        chunk_size,
+        cp_group,
+        cp_mesh,
+        causal,
+        dist_attn_config,
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        plan=plan,
     )
     return dispatch(x, key), key
 
@@ -132,17 +160,24 @@ def magi_attn_flex_key(
         k_ranges: As many ranges of keys.
         attn_mask_type: One mask type for all slices or one each: an :class:`~magi_attention.mask.AttnMaskType`,
             ``"full"``, ``"causal"``, ``"inv_causal"`` or ``"bi_causal"``.
-        total_seqlen_q: Rows of the global sequence, without padding.
-        total_seqlen_k: Keys of the global sequence; equal to ``total_seqlen_q`` in self-attention.
-        pad_size: Rows of padding at the end, from :func:`~magi_attention.api.functools.compute_pad_size`.
+        total_seqlen_q: Number of queries, without padding.
+        total_seqlen_k: Number of keys; equal to ``total_seqlen_q`` in self-attention.
+        pad_size: Rows of padding at the end of the queries, from
+            :func:`~magi_attention.api.functools.compute_pad_size`; with ``DispatchConfig(uneven=True)`` any, also 0.
         chunk_size: Rows in a chunk, the unit that is given to ranks.
         cp_group: The context-parallel process group. Give either this or ``cp_mesh``.
         cp_mesh: The context-parallel device mesh; all its ranks take part.
         dist_attn_config: How to balance the ranks and to split communication into stages.
-        is_same_source: Whether queries and keys come from the same tokens (self-attention); must be True.
-        is_q_permutable: Whether rows of queries may be given to any rank; must be True.
-        is_k_permutable: Whether rows of keys may be given to any rank; must be True.
-        plan: A plan made ahead with :func:`~magi_attention.planning.plan_attention` from the same arguments.
+        is_same_source: Whether queries and keys come from the same tokens (self-attention). If not (cross-attention),
+            keys and values are rows of another tensor: dispatch it with ``dispatch(x, key, side="k")``. They are never
+            padded, and numbers of rows differ by one chunk at most between ranks.
+        is_q_permutable: Whether any rank may have any chunk of queries. If not, rank r has the r-th of ``cp_size``
+            runs, as with ``DispatchConfig(order="contiguous")``.
+        is_k_permutable: Whether any rank may have any chunk of keys; a chunk then goes to a rank whose queries attend
+            much of it. If not, rank r has the r-th of ``cp_size`` runs. In self-attention, where keys go with their
+            queries, rows are permuted only if both may be.
+        plan: A plan made ahead with :func:`~magi_attention.planning.plan_attention` from the same arguments; the three
+            flags are its ``sources``.
 
     Returns:
         The key, made of frozen copies: what is appended to the ranges later changes nothing.
@@ -150,20 +185,12 @@ def magi_attn_flex_key(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If ranges are reversed, out of bounds, of different number, or two slices share a cell; if a mask
-            type is unknown, the padding does not fit, not exactly one of ``cp_group`` and ``cp_mesh`` is given, or
-            ``plan`` was made from other arguments.
+            type is unknown, the padding does not fit, not exactly one of ``cp_group`` and ``cp_mesh`` is given, rows
+            must keep their order but ``dist_attn_config`` asks for another, or ``plan`` was made from other arguments.
     """
-    for name, value in (
-        ("is_same_source", is_same_source),
-        ("is_q_permutable", is_q_permutable),
-        ("is_k_permutable", is_k_permutable),
-    ):
-        if value is not True:
-            raise ValueError(
-                f"{name}={value!r} is not supported: only self-attention with freely placed rows (True) is"
-            )
     mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
-    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan)
+    sources = Sources(is_same_source, is_q_permutable, is_k_permutable)
+    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan, sources)
 
 
 def magi_attn_flex_dispatch(
@@ -187,24 +214,24 @@ def magi_attn_flex_dispatch(
     """Make the key of any mask made of slices and dispatch ``x`` with it.
 
     Args:
-        x: The global input, the same on every rank, shape ``(total_seqlen_q, ...)``.
+        x: The global input of the queries, the same on every rank, shape ``(total_seqlen_q, ...)``.
         q_ranges: See :func:`magi_attn_flex_key`, as for all further arguments.
         k_ranges: Ranges of keys.
         attn_mask_type: One mask type for all slices or one each.
-        total_seqlen_q: Rows of the global sequence.
-        total_seqlen_k: Keys of the global sequence.
+        total_seqlen_q: Number of queries.
+        total_seqlen_k: Number of keys.
         pad_size: Rows of padding at the end.
         chunk_size: Rows in a chunk.
         cp_group: The context-parallel process group. Give either this or ``cp_mesh``.
         cp_mesh: The context-parallel device mesh.
         dist_attn_config: How to balance and to split into stages.
-        is_same_source: Must be True.
-        is_q_permutable: Must be True.
-        is_k_permutable: Must be True.
+        is_same_source: Whether queries and keys come from the same tokens.
+        is_q_permutable: Whether any rank may have any chunk of queries.
+        is_k_permutable: Whether any rank may have any chunk of keys.
         plan: A plan made ahead.
 
     Returns:
-        This rank's rows of ``x``, shape ``(local_seqlen, ...)``, and the key.
+        This rank's rows of ``x``, shape ``(local_seqlen_q, ...)``, and the key.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -237,6 +264,8 @@ def make_varlen_key_for_new_mask_after_dispatch(
     window_size: tuple[int, int] = (-1, -1),
     dist_attn_config: DistAttnConfig | None = None,
     *,
+    is_same_source: bool = True,
+    is_k_permutable: bool = True,
     plan: AttnPlan | RankPlan | None = None,
 ) -> DistAttnRuntimeKey:
     """Make the key of another mask of packed documents over rows that are dispatched already.
@@ -246,15 +275,22 @@ def make_varlen_key_for_new_mask_after_dispatch(
     The chunks stay on their ranks, and so do the local rows; what is new is which rows travel. The work of the new mask
     is as balanced as the old assignment happens to make it, so dispatch with the mask that costs most.
 
+    A decoder's cross-attention is such a mask, too: its queries are the rows of self-attention. With
+    ``is_same_source=False`` its keys and values are dispatched with the new key, ``dispatch(x, key, side="k")``.
+
     Args:
         cu_seqlens_q: Where the documents begin, and the total, which is that of ``key_for_dispatch``.
         cu_seqlens_k: The same for keys.
-        key_for_dispatch: The key that the input was dispatched with, or another one made for its rows.
+        key_for_dispatch: The key of self-attention that the input was dispatched with, or another made for its rows.
         causal: Whether a query attends only the keys up to its own position in its document.
         window_size: Keys seen before (left) and behind (right) the own position, -1 for all. With ``causal`` the right
             one counts as 0.
         dist_attn_config: How to split communication into stages; None for the configuration of ``key_for_dispatch``,
             whose ``dispatch_config`` it must have.
+        is_same_source: Whether the keys are made from the dispatched tokens, too. If not, they are rows of another
+            tensor, and their ranks are chosen here.
+        is_k_permutable: Whether any rank may have any chunk of those. If not, rank r has the r-th of ``cp_size`` runs,
+            whatever the mask is.
         plan: A plan made ahead with :func:`~magi_attention.planning.plan_new_mask`.
 
     Returns:
@@ -263,12 +299,13 @@ def make_varlen_key_for_new_mask_after_dispatch(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If ``cu_seqlens`` are malformed or of another total, a window is less than -1, the plan of
-            ``key_for_dispatch`` was evicted, ``dist_attn_config`` would dispatch otherwise, or ``plan`` was made from
-            other arguments.
+            ``key_for_dispatch`` was evicted or is one of cross-attention, ``dist_attn_config`` would dispatch
+            otherwise, or ``plan`` was made from other arguments.
     """
     left, right = window_size
     mask = builders.sliding_window(cu_seqlens_q, (left, 0 if causal else right), cu_seqlens_k)
-    return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan)
+    sources = _new_sources(is_same_source, is_k_permutable)
+    return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan, sources)
 
 
 def make_flex_key_for_new_mask_after_dispatch(
@@ -278,6 +315,9 @@ def make_flex_key_for_new_mask_after_dispatch(
     key_for_dispatch: DistAttnRuntimeKey,
     dist_attn_config: DistAttnConfig | None = None,
     *,
+    total_seqlen_k: int | None = None,
+    is_same_source: bool = True,
+    is_k_permutable: bool = True,
     plan: AttnPlan | RankPlan | None = None,
 ) -> DistAttnRuntimeKey:
     """Make the key of any other mask made of slices over rows that are dispatched already.
@@ -288,9 +328,12 @@ def make_flex_key_for_new_mask_after_dispatch(
         q_ranges: Half-open ranges of queries, within the sequence of ``key_for_dispatch``.
         k_ranges: As many ranges of keys.
         attn_mask_type: One mask type for all slices or one each.
-        key_for_dispatch: The key that the input was dispatched with, or another one made for its rows.
+        key_for_dispatch: The key of self-attention that the input was dispatched with, or another made for its rows.
         dist_attn_config: How to split communication into stages; None for the configuration of ``key_for_dispatch``,
             whose ``dispatch_config`` it must have.
+        total_seqlen_k: Number of keys; None for as many as queries.
+        is_same_source: Whether the keys are made from the dispatched tokens, too.
+        is_k_permutable: Whether any rank may have any chunk of keys of another source.
         plan: A plan made ahead with :func:`~magi_attention.planning.plan_new_mask`.
 
     Returns:
@@ -299,54 +342,77 @@ def make_flex_key_for_new_mask_after_dispatch(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the slices are wrong, as for :func:`magi_attn_flex_key`, the plan of ``key_for_dispatch`` was
-            evicted, ``dist_attn_config`` would dispatch otherwise, or ``plan`` was made from other arguments.
+            evicted or is one of cross-attention, ``dist_attn_config`` would dispatch otherwise, or ``plan`` was made
+            from other arguments.
     """
     runtimes.get(key_for_dispatch)  # raises for what is no key, before its length is asked for
     total = key_for_dispatch.total_seqlen_q
-    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total, total)
-    return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan)
+    num_keys = total if total_seqlen_k is None else total_seqlen_k
+    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total, num_keys)
+    sources = _new_sources(is_same_source, is_k_permutable)
+    return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan, sources)
 
 
-def dispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
+def dispatch(
+    x: torch.Tensor, key: DistAttnRuntimeKey, *, side: Side = "q", grad: GradOfGlobal = "replicated"
+) -> torch.Tensor:
     """Take this rank's rows of a global tensor.
 
     Args:
         x: The global tensor, the same on every rank, shape ``(total_seqlen, ...)``, any dtype.
         key: The key.
+        side: ``"q"`` for rows of queries, ``"k"`` for rows of keys and values. In self-attention they are the same.
+        grad: What the gradient of ``x`` becomes on each rank.
+
+            * ``"replicated"``: the whole gradient, on every rank. The backward pass gathers every rank's rows.
+            * ``"partial"``: what this rank's rows contribute, and zeros; the ranks' gradients add up to the whole, as
+              those of all weights behind the dispatch do. Nothing is sent. For an embedding before the dispatch, when
+              all weights' gradients are summed over these ranks alike.
 
     Returns:
-        This rank's rows, shape ``(local_seqlen, ...)``: its chunks in ascending order, padding rows zero. Its
-        backward pass gathers the gradient of every rank's rows.
+        This rank's rows, shape ``(local_seqlen, ...)``: its chunks in ascending order, padding rows zero.
 
     Raises:
         TypeError: If ``key`` is no key or ``x`` no tensor.
-        ValueError: If ``x`` has another length, the key's plan was evicted, or the ranks made the key from different
-            masks.
+        ValueError: If ``x`` has another length, ``side`` or ``grad`` is unknown, the key's plan was evicted, or the
+            ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
-    _check_rows("x", x, runtime.plan.dispatch.total_seqlen, "global rows, without padding")
-    return Dispatch.apply(x, runtime.plan.dispatch, runtime.group)
+    plan = _of_side(runtime.plan, side)
+    _check_grad(grad)
+    _check_rows("x", x, plan.total_seqlen, f"global {_rows_of(key, side)}, without padding")
+    return Dispatch.apply(x, plan, runtime.group, grad)
 
 
-def undispatch(x: torch.Tensor, key: DistAttnRuntimeKey) -> torch.Tensor:
+def undispatch(
+    x: torch.Tensor, key: DistAttnRuntimeKey, *, side: Side = "q", grad: GradOfGlobal = "replicated"
+) -> torch.Tensor:
     """Gather every rank's rows into the global tensor.
 
     Args:
         x: This rank's rows, shape ``(local_seqlen, ...)``.
         key: The key.
+        side: ``"q"`` for rows of queries, ``"k"`` for rows of keys and values. In self-attention they are the same.
+        grad: What the gradient of the global tensor is on each rank.
+
+            * ``"replicated"``: the whole gradient, on every rank: all ranks compute the same loss, and it counts once.
+              The backward pass takes this rank's rows.
+            * ``"partial"``: a part, and the ranks' parts add up to the whole: each rank computes a loss of its own, and
+              the loss is their sum. The backward pass sums each row over the ranks.
 
     Returns:
-        The global tensor on every rank, shape ``(total_seqlen, ...)``, in the original order and without padding. Its
-        backward pass takes this rank's rows of the gradient, which must be the same on every rank.
+        The global tensor on every rank, shape ``(total_seqlen, ...)``, in the original order and without padding.
 
     Raises:
         TypeError: If ``key`` is no key or ``x`` no tensor.
-        ValueError: If ``x`` has another length, the key's plan was evicted, or the ranks made the key from different
-            masks.
+        ValueError: If ``x`` has another length, ``side`` or ``grad`` is unknown, the key's plan was evicted, or the
+            ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
-    _check_rows("x", x, runtime.plan.dispatch.local_seqlen, "local rows")
-    return Undispatch.apply(x, runtime.plan.dispatch, runtime.group)
+    plan = _of_side(runtime.plan, side)
+    _check_grad(grad)
+    _check_rows("x", x, plan.local_seqlens[runtime.plan.rank], f"local {_rows_of(key, side)}")
+    return Undispatch.apply(x, plan, runtime.group, grad)
 
 
 def calc_attn(
@@ -360,16 +426,19 @@ def calc_attn(
     deterministic: bool = False,
     sm_margin: int = 0,
     engine: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sink: torch.Tensor | None = None,
+    return_max_logits: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """Attention of this rank's queries over the keys and values of all ranks, as the key's mask says.
 
     A collective, forward and backward. Each row of k and v goes only to the ranks that attend it; the rows of one stage
     travel while another is computed.
 
     Args:
-        q: Queries of the local rows, shape ``(local_seqlen, num_heads_q, head_dim)``, fp32, fp64, bf16 or fp16.
-        k: Keys of the local rows, shape ``(local_seqlen, num_heads_kv, head_dim)``; ``num_heads_kv`` divides
-            ``num_heads_q``.
+        q: Queries of the local rows, shape ``(local_seqlen_q, num_heads_q, head_dim)``, fp32, fp64, bf16 or fp16.
+        k: Keys of the local rows, shape ``(local_seqlen_k, num_heads_kv, head_dim)``; ``num_heads_kv`` divides
+            ``num_heads_q``. In self-attention there are as many as queries, in cross-attention those that
+            ``dispatch(x, key, side="k")`` takes.
         v: Values of the local rows, of ``k``'s shape.
         key: The key.
         softmax_scale: Factor of the scores, ``head_dim ** -0.5`` by default; the same on every rank, as all options.
@@ -378,11 +447,19 @@ def calc_attn(
         sm_margin: How many multiprocessors of a GPU kernels leave to others, such as communication.
         engine: The name of the engine that computes. None chooses one by device, dtype and head_dim, see
             :func:`magi_attention.kernels.explain`.
+        sink: An attention sink for each query head, shape ``(num_heads_q,)``, fp32 or of ``q``'s dtype, see
+            :func:`~magi_attention.functional.flex_flash_attn.flex_flash_attn_func`. Its gradient on each rank is the
+            sum over that rank's rows. The ranks' gradients add up to the whole, as those of every weight behind the
+            dispatch do: sum them over the group.
+        return_max_logits: Whether to return ``max_logits``, too, which costs an all-reduce of ``num_heads_q`` numbers.
 
     Returns:
         ``out`` of ``q``'s shape and dtype, and ``lse``, the natural logarithm of the sum of exponentials of each row's
-        scores, shape ``(num_heads_q, local_seqlen)``, fp32 (fp64 for fp64 inputs). Rows that attend nothing give
-        ``out = 0``, ``lse = -inf`` and zero gradients. Gradients flow through both.
+        scores and its sink, shape ``(num_heads_q, local_seqlen_q)``, fp32 (fp64 for fp64 inputs). Rows that attend
+        nothing give ``out = 0``, ``lse = -inf`` (or the sink) and zero gradients. Gradients flow through both.
+
+        With ``return_max_logits`` also ``max_logits``, the highest score of each head over the rows of all ranks,
+        without the sink, shape ``(num_heads_q,)``, the same on every rank and without a gradient.
 
     Raises:
         TypeError: If ``key`` is no key, q, k and v are no floating-point tensors of one dtype, or an option has the
@@ -392,20 +469,25 @@ def calc_attn(
     """
     runtime = ready_runtime(key)
     check_qkv(q, k, v)
-    local_seqlen = runtime.plan.dispatch.local_seqlen
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_rows(name, tensor, local_seqlen, "local rows")
+    check_sink(sink, q)
+    _check_rows("q", q, runtime.plan.local_seqlen_q, f"local {_rows_of(key, 'q')}")
+    for name, tensor in (("k", k), ("v", v)):
+        _check_rows(name, tensor, runtime.plan.local_seqlen_k, f"local {_rows_of(key, 'k')}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    params = AttnParams(scale, softcap, deterministic, sm_margin)
+    params = AttnParams(scale, softcap, deterministic, sm_margin, return_max_logits)
     program = runtime.program(choose_engine(q.device, q.dtype, q.shape[2], engine), q.device)
-    return DistAttn.apply(q, k, v, program, runtime.group, params)
+    results: tuple[torch.Tensor, ...] = DistAttn.apply(q, k, v, program, params, sink)
+    if return_max_logits:
+        dist.all_reduce(results[2], dist.ReduceOp.MAX, group=runtime.group)
+    return results
 
 
-def get_position_ids(key: DistAttnRuntimeKey) -> torch.Tensor:
+def get_position_ids(key: DistAttnRuntimeKey, *, side: Side = "q") -> torch.Tensor:
     """The global position of each of this rank's rows, for RoPE and other work that depends on positions.
 
     Args:
         key: The key.
+        side: ``"q"`` for rows of queries, ``"k"`` for rows of keys and values. In self-attention they are the same.
 
     Returns:
         int64, shape ``(local_seqlen,)``, on the current CUDA device for NCCL groups, else on the CPU. Padding rows
@@ -413,10 +495,10 @@ def get_position_ids(key: DistAttnRuntimeKey) -> torch.Tensor:
 
     Raises:
         TypeError: If ``key`` is no key.
-        ValueError: If the key's plan was evicted.
+        ValueError: If ``side`` is unknown, or the key's plan was evicted.
     """
     runtime = runtimes.get(key)
-    positions = torch.from_numpy(runtime.plan.dispatch.position_ids(runtime.plan.rank))
+    positions = torch.from_numpy(_of_side(runtime.plan, side).position_ids(runtime.plan.rank))
     return positions.to(position_device(runtime.group))
 
 
@@ -436,6 +518,37 @@ def set_plan_cache_capacity(capacity: int) -> None:
         ValueError: If ``capacity`` is less than 1.
     """
     runtimes.set_capacity(capacity)
+
+
+def _new_sources(is_same_source: bool, is_k_permutable: bool) -> Sources | None:
+    """The sources of a new mask; None where its keys are those that were dispatched."""
+    sources = Sources(is_same_source, is_k_permutable=is_k_permutable)
+    if is_same_source and not is_k_permutable:
+        raise ValueError(
+            "is_k_permutable=False needs is_same_source=False: keys of the same source are where their queries are"
+        )
+    return None if is_same_source else sources
+
+
+def _of_side(plan: RankPlan, side: Side) -> DispatchPlan:
+    match side:
+        case "q":
+            return plan.dispatch
+        case "k":
+            return plan.dispatch_k
+        case _:
+            raise ValueError(f"side must be 'q' or 'k', not {side!r}")
+
+
+def _rows_of(key: DistAttnRuntimeKey, side: Side) -> str:
+    if key.sources.is_same_source:
+        return "rows"
+    return "rows of queries" if side == "q" else "rows of keys"
+
+
+def _check_grad(grad: str) -> None:
+    if grad not in get_args(GradOfGlobal):
+        raise ValueError(f"grad must be 'replicated' or 'partial', not {grad!r}")
 
 
 def _check_rows(name: str, x: torch.Tensor, rows: int, what: str) -> None:

@@ -24,7 +24,8 @@ def roll(x: torch.Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> torc
         labels = labels.masked_fill(roll(position, -n, 0, key) != position + n, -100)
 
     Args:
-        x: Local rows, as :func:`~magi_attention.api.magi_attn_interface.dispatch` returns them, any dtype; dimension
+        x: Local rows, as :func:`~magi_attention.api.magi_attn_interface.dispatch` returns them (of queries, in
+            cross-attention), any dtype; dimension
             ``dim`` has ``local_seqlen`` entries, the others are the same on every rank.
         shift: How many places each row moves towards the end of the sequence; negative towards its start. Any integer,
             the same on every rank.
@@ -45,7 +46,7 @@ def roll(x: torch.Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> torc
     shift, dim = as_int(shift, "shift"), as_int(dim, "dim")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
-    local_seqlen = runtime.plan.dispatch.local_seqlen
+    local_seqlen = runtime.plan.local_seqlen_q
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != local_seqlen:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but the key is for {local_seqlen} local rows in dimension dim = {dim}"

@@ -8,17 +8,22 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 from magi_attention.config import (
+    AttnOverlapMode,
+    CostModel,
     DispatchConfig,
     DistAttnConfig,
+    GradWireDtype,
     LocalityDispatchAlg,
     MinHeapDispatchAlg,
     OverlapConfig,
 )
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import AttnPlan, plan_attention
-from magi_attention.planning.report import RankReport, area_imbalance, report
+from magi_attention.planning.report import RankReport, area_imbalance, report, report_times
+from magi_attention.planning.timeline import Timeline, chrome_trace, predict_timeline
 
 MASKS: dict[str, Callable[[argparse.Namespace, list[int]], AttnMask]] = {
     "full": lambda args, cu: builders.full(cu[-1]),
@@ -32,6 +37,21 @@ MASKS: dict[str, Callable[[argparse.Namespace, list[int]], AttnMask]] = {
     "block-causal": lambda args, cu: builders.block_causal(cu, args.block_size),
     "prefix-lm": lambda args, cu: builders.prefix_lm(cu, [min(args.prefix, b - a) for a, b in pairwise(cu)]),
     "shared-prefix": lambda args, cu: builders.shared_prefix(cu[1], [b - a for a, b in pairwise(cu[1:])]),
+}
+
+COSTS: dict[str, str] = {
+    "heads_q": "heads of the queries",
+    "heads_kv": "heads of the keys and values",
+    "head_dim": "dimensions of a head",
+    "element_bytes": "bytes of an element of q, k and v",
+    "forward_tflops": "TFLOP/s of the forward kernel",
+    "backward_tflops": "TFLOP/s of the backward kernel",
+    "bandwidth": "bytes/s that a rank sends and receives",
+    "latency": "seconds of an all-to-all, however little travels",
+    "hbm_bandwidth": "bytes/s of a GPU's memory",
+    "stage_overhead": "seconds a stage costs beside its work",
+    "forward_weight": "how much the forward pass counts for --degree dynamic",
+    "backward_weight": "how much the backward pass counts",
 }
 
 
@@ -63,34 +83,73 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="how chunks are given to ranks",
     )
     plan.add_argument("--tolerance", type=float, default=0.02, help="allowed imbalance of --balance locality")
-    plan.add_argument("--degree", type=int, default=1, metavar="N", help="overlap stages")
+    plan.add_argument(
+        "--degree", type=degree, default=1, metavar="N", help="overlap stages, or dynamic: as predicted times say"
+    )
+    plan.add_argument("--max-degree", type=int, default=4, metavar="N", help="most stages of --degree dynamic")
     plan.add_argument("--min-stage-rows", type=int, default=512, metavar="N", help="fewest rows in a stage")
     plan.add_argument("--json", type=Path, metavar="OUT", help="write the plan as JSON")
     plan.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the plan")
+    plan.add_argument("--timeline", action="store_true", help="show where each rank's predicted time goes")
+    plan.add_argument("--timeline-plot", type=Path, metavar="OUT.png", help="draw the predicted timeline")
+    plan.add_argument("--trace", type=Path, metavar="OUT.json", help="write it for Perfetto or chrome://tracing")
+    costs = plan.add_argument_group("what times are predicted with")
+    costs.add_argument(
+        "--grad-wire-dtype", choices=get_args(GradWireDtype), default="float32", help="type of dK and dV that travel"
+    )
+    for cost in dataclasses.fields(CostModel):
+        name = "--" + cost.name.replace("_", "-")
+        costs.add_argument(name, type=type(cost.default), default=cost.default, metavar="X", help=COSTS[cost.name])
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, write and draw."""
     lengths = read_lengths(args.lengths) if args.lengths else [args.seqlen]
     cu_seqlens = builders.cu_seqlens_from_lengths(lengths).tolist()
-    overlap = OverlapConfig(degree=args.degree, min_chunk_size=args.min_stage_rows)
-    config = DistAttnConfig(dispatch_config(args.balance, args.tolerance), overlap)
+    config = DistAttnConfig(
+        dispatch_config(args.balance, args.tolerance), overlap_config(args), grad_wire_dtype=args.grad_wire_dtype
+    )
 
     def make_plan() -> AttnPlan:
         return plan_attention(MASKS[args.mask](args, cu_seqlens), args.cp_size, args.chunk_size, config=config)
 
     plan, plan_ms = make_plan(), time_one_rank(make_plan)
-    ranks = report(plan)
+    ranks, timeline = report(plan), predict_timeline(plan)
     if args.json:
-        args.json.write_text(json.dumps(as_json(plan, ranks, plan_ms), indent=1) + "\n")
-    print_tables(plan, ranks, plan_ms)
-    if args.plot:
-        try:
-            from magi_attention.viz.plan_picture import plot_plan
-        except ImportError:
-            raise ImportError("--plot needs matplotlib: pip install magi-attention[viz]") from None
-        plot_plan(plan, args.plot)
+        args.json.write_text(json.dumps(as_json(plan, ranks, plan_ms, timeline), indent=1) + "\n")
+    if args.trace:
+        args.trace.write_text(json.dumps(chrome_trace(timeline)) + "\n")
+    print_tables(plan, ranks, plan_ms, timeline if args.timeline else None)
+    if args.plot or args.timeline_plot:
+        draw(plan, timeline, args)
     return 0
+
+
+def draw(plan: AttnPlan, timeline: Timeline, args: argparse.Namespace) -> None:
+    """Write the pictures that were asked for."""
+    try:
+        from magi_attention.viz.plan_picture import plot_plan
+        from magi_attention.viz.timeline_picture import plot_timeline
+    except ImportError:
+        raise ImportError("--plot and --timeline-plot need matplotlib: pip install magi-attention[viz]") from None
+    if args.plot:
+        plot_plan(plan, args.plot)
+    if args.timeline_plot:
+        plot_timeline(timeline, args.timeline_plot, title=repr(plan.mask))
+
+
+def degree(text: str) -> int | None:
+    """What ``--degree`` stands for; None for ``dynamic``."""
+    return None if text == "dynamic" else int(text)
+
+
+def overlap_config(args: argparse.Namespace) -> OverlapConfig:
+    """What the options about stages and costs stand for."""
+    costs = CostModel(**{cost.name: getattr(args, cost.name) for cost in dataclasses.fields(CostModel)})
+    options = {"min_chunk_size": args.min_stage_rows, "max_degree": args.max_degree, "cost_model": costs}
+    if args.degree is None:
+        return OverlapConfig(AttnOverlapMode.DYNAMIC, **options)
+    return OverlapConfig(degree=args.degree, **options)
 
 
 def dispatch_config(balance: str, tolerance: float) -> DispatchConfig:
@@ -135,8 +194,9 @@ def time_one_rank(make_plan: Callable[[], AttnPlan]) -> float:
     return statistics.median(times)
 
 
-def as_json(plan: AttnPlan, ranks: list[RankReport], plan_ms: float) -> dict[str, object]:
+def as_json(plan: AttnPlan, ranks: list[RankReport], plan_ms: float, timeline: Timeline) -> dict[str, object]:
     """A plan as plain data."""
+    passes = {"forward": timeline.forward, "backward": timeline.backward}
     return {
         "cp_size": plan.cp_size,
         "chunk_size": plan.dispatch.chunk_size,
@@ -145,20 +205,30 @@ def as_json(plan: AttnPlan, ranks: list[RankReport], plan_ms: float) -> dict[str
         "plan_ms": round(plan_ms, 3),
         "imbalance": round(area_imbalance(ranks), 6),
         "ranks": [dataclasses.asdict(rank) for rank in ranks],
+        "overlap_choice": dataclasses.asdict(plan.overlap_choice) if plan.overlap_choice else None,
+        "predicted_seconds": {
+            name: {"total": part.seconds, "ranks": [dataclasses.asdict(times) for times in report_times(part)]}
+            for name, part in passes.items()
+        },
     }
 
 
-def print_tables(plan: AttnPlan, ranks: list[RankReport], plan_ms: float) -> None:
-    """Print a plan for people."""
+def print_tables(plan: AttnPlan, ranks: list[RankReport], plan_ms: float, timeline: Timeline | None) -> None:
+    """Print a plan for people, and its timeline."""
     try:
         from rich.console import Console
 
         from magi_attention.viz.plan_table import plan_table, rows_table
+        from magi_attention.viz.timeline_table import timeline_table
     except ImportError:
         print("the tables need rich: pip install magi-attention[viz]")
     else:
         console = Console()
         console.print(plan_table(plan, ranks))
         console.print(rows_table(plan))
+        if timeline:
+            console.print(timeline_table(timeline))
+    if plan.overlap_choice:
+        print(f"stages, with predicted times of the slowest rank:\n{plan.overlap_choice}\n")
     print(f"imbalance {area_imbalance(ranks):.3f}: area of the most loaded rank over the mean")
     print(f"planned for one rank in {plan_ms:.2f} ms")

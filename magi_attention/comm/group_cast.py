@@ -18,10 +18,10 @@ class GroupCast:
     row_shapes: tuple[torch.Size, ...]
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """The received rows of each tensor, in the order of the buffer."""
+        """The received rows of each tensor, in the order of the buffer: views into one matrix."""
         matrix = self.transfer.wait()
         if self.exchange.recv_order is not None:
-            matrix = matrix.index_select(0, self.exchange.recv_order)
+            matrix = pack((matrix,), self.exchange.recv_order)
         return unpack(matrix, self.row_shapes)
 
 

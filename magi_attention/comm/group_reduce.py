@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.row_exchange import RowExchange, Transfer, exchange, pack, unpack
+from magi_attention.comm.row_exchange import RowExchange, Transfer, exchange, pack
+from magi_attention.comm.row_sums import add_rows
 
 
 @dataclass(frozen=True)
@@ -15,26 +16,33 @@ class GroupReduce:
 
     transfer: Transfer
     exchange: RowExchange
-    row_shapes: tuple[torch.Size, ...]
 
     def wait(self, into: Sequence[torch.Tensor]) -> None:
-        """Add what arrived to the local rows of ``into``, in place, rank by rank in a fixed order."""
-        arrived = unpack(self.transfer.wait(), self.row_shapes)
-        for total, part in zip(into, arrived, strict=True):
-            total.index_add_(0, self.exchange.send_rows, part)
+        """Add what arrived to the local rows of ``into``, in place, rank by rank in a fixed order.
+
+        Args:
+            into: Contiguous tensors, ``(local rows, ...)``, one for each that was sent; all float32 or all float64,
+                which is the type in which rows are added.
+        """
+        add_rows(into, self.transfer.wait(), self.exchange.sums)
 
 
-def group_reduce(tensors: Sequence[torch.Tensor], rows: RowExchange, group: dist.ProcessGroup) -> GroupReduce:
+def group_reduce(
+    tensors: Sequence[torch.Tensor],
+    rows: RowExchange,
+    group: dist.ProcessGroup,
+    wire_dtype: torch.dtype | None = None,
+) -> GroupReduce:
     """Start sending rows of the receive buffer back to their owners.
 
     A collective: every rank of the group calls it, also one that neither sends nor receives.
 
     Args:
         tensors: Partial sums for the rows that a group cast with ``rows`` received, shape ``(received rows, ...)``,
-            of one dtype, the one in which they are to be added.
+            of one dtype.
         rows: The routing of that group cast.
         group: Its process group.
+        wire_dtype: The type in which rows travel, the same on every rank; None for that of ``tensors``.
     """
-    row_shapes = tuple(t.shape[1:] for t in tensors)
-    transfer = exchange(pack(tensors, rows.wire_order), rows.recv_counts, rows.send_counts, group)
-    return GroupReduce(transfer, rows, row_shapes)
+    matrix = pack(tensors, rows.wire_order, wire_dtype)
+    return GroupReduce(exchange(matrix, rows.recv_counts, rows.send_counts, group), rows)

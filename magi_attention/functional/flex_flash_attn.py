@@ -4,7 +4,7 @@ import torch
 
 from magi_attention.functional.ops import forward_op
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.validate import check_qkv
+from magi_attention.kernels.validate import check_qkv, check_sink
 from magi_attention.mask.integers import as_int
 
 
@@ -25,7 +25,9 @@ def flex_flash_attn_func(
     auto_range_merge: bool = False,
     *,
     engine: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sink: torch.Tensor | None = None,
+    return_max_logits: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """Attention with a mask made of slices: queries ``q_ranges[n]`` attend keys ``k_ranges[n]`` as
     ``attn_type_map[n]`` says.
 
@@ -59,11 +61,20 @@ def flex_flash_attn_func(
         auto_range_merge: Ask to join slices of the same queries before computing. They always are. Ignored.
         engine: The name of the engine that computes. None chooses by device, dtype and head_dim, see
             :func:`magi_attention.kernels.explain`.
+        sink: An attention sink for each query head: a score that joins the softmax of each query and has no value,
+            ``(heads_q,)``, float32 or of the dtype of ``q`` (Xiao et al. 2023, https://arxiv.org/abs/2309.17453;
+            learnable: gpt-oss, https://arxiv.org/abs/2508.10925). It is neither scaled nor capped; its gradient is the
+            sum over all queries.
+        return_max_logits: Whether to return ``max_logits``, too.
 
     Returns:
-        ``out``, shaped and typed as ``q``, and ``lse``, the natural log-sum-exp of each query's scores, ``(heads_q,
-        tokens)``, float32, or float64 when ``q`` is. A query that attends nothing has ``out`` 0, ``lse`` -inf, and no
-        gradient. Both are differentiable.
+        ``out``, shaped and typed as ``q``, and ``lse``, the natural log-sum-exp of each query's scores and its sink,
+        ``(heads_q, tokens)``, float32, or float64 when ``q`` is. A query that attends nothing has ``out`` 0, and
+        ``lse`` -inf and no gradient; with a sink, ``lse`` is the sink. Both are differentiable.
+
+        With ``return_max_logits`` also ``max_logits``: for each query head, the highest of the scores that go into the
+        softmaxes of its queries, without the sink, ``(heads_q,)``, typed as ``lse``; -inf where nothing is attended.
+        It is not differentiable. It is what QK-clip asks for (Kimi K2, https://arxiv.org/abs/2507.20534).
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -71,8 +82,9 @@ def flex_flash_attn_func(
             out of bounds, or two slices share a cell; the message names the slices.
     """
     check_qkv(q, k, v)
+    check_sink(sink, q)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    params = AttnParams(scale, softcap, deterministic, sm_margin)
+    params = AttnParams(scale, softcap, deterministic, sm_margin, return_max_logits)
     _check_integers("q_ranges", q_ranges, q.device, ndim=2)
     _check_integers("k_ranges", k_ranges, q.device, ndim=2)
     if attn_type_map is not None:
@@ -82,10 +94,11 @@ def flex_flash_attn_func(
             raise ValueError(f"attn_type_map has {entries} entries, but q_ranges has {count} ranges: give one each")
     if engine is not None and not isinstance(engine, str):
         raise TypeError(f"engine must be a name or None, not {engine!r}")
-    out, lse = forward_op(
+    out, lse, max_logits = forward_op(
         q,
         k,
         v,
+        sink,
         q_ranges,
         k_ranges,
         attn_type_map,
@@ -95,9 +108,10 @@ def flex_flash_attn_func(
         float(params.softcap),
         params.deterministic,
         int(params.sm_margin),
+        params.return_max_logits,
         engine,
     )
-    return out, lse
+    return (out, lse, max_logits) if return_max_logits else (out, lse)
 
 
 def _check_integers(name: str, x: torch.Tensor, device: torch.device, ndim: int) -> None:

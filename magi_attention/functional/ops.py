@@ -32,6 +32,7 @@ class Options(NamedTuple):
         softcap: Bound of the scores.
         deterministic: Whether gradients must repeat.
         sm_margin: Multiprocessors to leave to others.
+        return_max_logits: Whether the highest scores are asked for.
         engine: The engine's name; None to choose one.
     """
 
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     softcap: float
     deterministic: bool
     sm_margin: int
+    return_max_logits: bool
     engine: str | None
 
 
@@ -62,35 +64,41 @@ def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sink: torch.Tensor | None,
     q_ranges: torch.Tensor,
     k_ranges: torch.Tensor,
     attn_type_map: torch.Tensor | None,
     *values: Any,
 ) -> Tensors:
-    """``out`` and ``lse``."""
+    """``out``, ``lse``, and the highest scores, of which there are none when they are not asked for."""
     call = _prepare(q, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
     with _on_device(q.device):
-        out, lse, _ = call.engine.forward(q, k, v, call.schedule, call.params)
-    return out, lse
+        state = call.engine.forward(q, k, v, call.schedule, call.params, sink=sink)
+        max_logits = state.max_logits() if call.params.return_max_logits else state.lse.new_empty(0)
+        return state.out, state.lse, max_logits
 
 
 def _backward(dout: torch.Tensor | None, dlse: torch.Tensor | None, *rest: Any) -> Tensors:
-    """``dq``, ``dk`` and ``dv``."""
-    out, lse, q, k, v, q_ranges, k_ranges, attn_type_map, *values = rest
+    """``dq``, ``dk``, ``dv``, and ``dsink``, which is empty when there is no sink."""
+    out, lse, q, k, v, sink, q_ranges, k_ranges, attn_type_map, *values = rest
     call = _prepare(q, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
     engine, schedule, params = call
     with _on_device(q.device):
         grads = engine.start_backward(out, dout, lse, dlse, params)
         dk, dv = engine.backward(grads, q, k, v, schedule, params, k.dtype)
-        return engine.finish_backward(grads, params, q.dtype), dk, dv
+        dsink = q.new_empty(0) if sink is None else engine.sink_grad(grads, sink, params)
+        return engine.finish_backward(grads, params, q.dtype), dk, dv, dsink
 
 
 def _fake_forward(q: torch.Tensor, *others: Any) -> Tensors:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=accumulation_dtype(q.dtype))
+    num_rows, num_heads, _ = q.shape
+    lse = q.new_empty((num_heads, num_rows), dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), lse, lse.new_empty(num_heads if Options(*others[6:]).return_max_logits else 0)
 
 
 def _fake_backward(dout: Any, dlse: Any, out: Any, lse: Any, *others: Any) -> Tensors:
-    return tuple(x.new_empty(x.shape) for x in others[:3])
+    q, k, v, sink = others[:4]
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -99,28 +107,31 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensors:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward_op(*args)
+            out, lse, max_logits = forward_op(*args)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *args[:6])
-        ctx.values = args[6:]
-        return out, lse
+        ctx.mark_non_differentiable(max_logits)
+        ctx.save_for_backward(out, lse, *args[:7])
+        ctx.values = args[7:]
+        return out, lse, max_logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grads = backward_op(dout, dlse, *ctx.saved_tensors, *ctx.values)
-        return *grads, *(None,) * (3 + len(ctx.values))
+    def backward(
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        *grads, dsink = backward_op(dout, dlse, *ctx.saved_tensors, *ctx.values)
+        return *grads, dsink if ctx.needs_input_grad[3] else None, *(None,) * (3 + len(ctx.values))
 
 
-_MASK = "Tensor q_ranges, Tensor k_ranges, Tensor? attn_type_map"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor q_ranges, Tensor k_ranges, Tensor? attn_type_map"
 _OPTIONS = (
     "int? max_seqlen_q, int? max_seqlen_k, float softmax_scale, float softcap, bool deterministic, int sm_margin, "
-    "str? engine"
+    "bool return_max_logits, str? engine"
 )
 _SCHEMAS = (
-    f"flex_flash_attn(Tensor q, Tensor k, Tensor v, {_MASK}, {_OPTIONS}) -> (Tensor, Tensor)",
-    "flex_flash_attn_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    f"{_MASK}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"flex_flash_attn({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"flex_flash_attn_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 _TAGS = [torch.Tag.pt2_compliant_tag]
 if hasattr(torch.Tag, "cudagraph_unsafe"):  # torch 2.8 may not have it
@@ -161,5 +172,5 @@ def _prepare(q: torch.Tensor, mask: MaskTensors, options: Options) -> Call:
     ):
         if given is not None and given < longest:
             raise ValueError(f"max_seqlen_{name} is {given}, but the longest range of {name}_ranges has {longest}")
-    params = _make_params(options.softmax_scale, options.softcap, options.deterministic, options.sm_margin)
+    params = _make_params(*options[2:-1])
     return Call(engine, compiled.schedule, params)

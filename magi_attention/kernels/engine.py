@@ -20,7 +20,7 @@ class Engine(Protocol):
 
     The accumulation type is float32, or float64 for float64 inputs. Tensors that an engine makes are contiguous. A
     query that attends nothing has ``out`` 0, ``lse`` -inf, and no part in any gradient, whatever finite ``dout`` and
-    whatever ``dlse`` there is for it.
+    whatever ``dlse`` there is for it. With a sink its ``lse`` is the sink, and ``dlse`` goes to that.
     """
 
     @property
@@ -54,6 +54,7 @@ class Engine(Protocol):
         schedule: Any,
         params: AttnParams,
         state: State | None = None,
+        sink: torch.Tensor | None = None,
     ) -> State:
         """Attention of ``q`` over ``k`` and ``v``.
 
@@ -66,9 +67,12 @@ class Engine(Protocol):
             state: What the calls over the parts before have made of the same queries; None at the first part, and when
                 the keys don't come in parts. It is changed in place. What a query has that attends none of these keys
                 is kept bit by bit.
+            sink: A score of each query head that joins the softmax of its queries with no value, ``(heads_q,)``, of
+                any floating-point type. It counts once, with the first part.
 
         Returns:
-            The state. After the last part, ``out`` and ``lse`` are those over all keys.
+            The state. After the last part, ``out`` and ``lse`` are those over all keys, and ``row_max``, which is there
+            if ``params`` ask for it, is over all keys, too, without the sink.
         """
 
     def start_backward(
@@ -84,7 +88,7 @@ class Engine(Protocol):
         Args:
             out: The result over all keys, in the type of ``q`` or in the accumulation type.
             dout: The gradient of ``out``, in the type of ``q``; None where there is none.
-            lse: The log-sum-exp over all keys.
+            lse: The log-sum-exp over all keys and the sink.
             dlse: The gradient of ``lse``; None where there is none.
             params: As in :meth:`forward`.
         """
@@ -112,6 +116,13 @@ class Engine(Protocol):
 
         Returns:
             ``dk`` and ``dv``, shaped as ``k``.
+        """
+
+    def sink_grad(self, grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
+        """The gradient of ``sink``, shaped and typed as it, equal bit by bit from run to run.
+
+        The derivative of a query's ``lse`` by the sink is ``p = exp(sink - lse)``, that of ``out`` is ``-p * out``, so
+        it is the sum of ``-p * delta`` over the queries.
         """
 
     def finish_backward(self, grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:

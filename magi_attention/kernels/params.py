@@ -18,6 +18,8 @@ class AttnParams:
         softcap: Bound of the scores' absolute value; 0 for none.
         deterministic: Whether gradients must be equal bit by bit from run to run.
         sm_margin: How many multiprocessors of a GPU to leave to other kernels, such as communication.
+        return_max_logits: Whether the highest scores are asked for, too.
+        yields: Whether other kernels, such as communication, should find multiprocessors free from time to time.
 
     Raises:
         TypeError: If one has the wrong type.
@@ -28,6 +30,8 @@ class AttnParams:
     softcap: float = 0.0
     deterministic: bool = False
     sm_margin: int = 0
+    return_max_logits: bool = False
+    yields: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("softmax_scale", self.softmax_scale), ("softcap", self.softcap)):
@@ -37,6 +41,7 @@ class AttnParams:
             raise ValueError(f"softmax_scale must be positive and finite, got {self.softmax_scale}")
         if not (math.isfinite(self.softcap) and self.softcap >= 0):
             raise ValueError(f"softcap must be 0 (none) or positive and finite, got {self.softcap}")
-        if not isinstance(self.deterministic, bool):
-            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
+        for name, value in (("deterministic", self.deterministic), ("return_max_logits", self.return_max_logits)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         as_length(self.sm_margin, "sm_margin")

@@ -63,8 +63,17 @@ class State(NamedTuple):
         lse: Natural log-sum-exp of the scores so far, ``(heads_q, num_rows)``, in the accumulation type.
         sums: The outputs so far of queries that go on, shaped as ``out``, in the accumulation type; None when the
             keys came at once.
+        row_max: Each query's highest score so far, shaped and typed as ``lse``, -inf where there is none; None when
+            it is not asked for.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     sums: torch.Tensor | None
+    row_max: torch.Tensor | None = None
+
+    def max_logits(self) -> torch.Tensor:
+        """The highest score of each head, ``(heads_q,)``, of those that are asked for."""
+        assert self.row_max is not None
+        num_heads, num_rows = self.row_max.shape
+        return self.row_max.amax(1) if num_rows else self.row_max.new_full((num_heads,), -torch.inf)

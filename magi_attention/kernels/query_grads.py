@@ -14,7 +14,7 @@ class QueryGrads:
 
     Attributes:
         dout: The gradient of ``out``.
-        lse: The log-sum-exp of each query's scores over all keys.
+        lse: The log-sum-exp of each query's scores over all keys, and of its sink.
         delta: What the scores of a query share: ``dscore = prob * (dout . v - delta)``. The softmax gives
             ``dout . out`` (FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135). A gradient of the
             log-sum-exp, whose derivative by a score is the probability, is subtracted from it.

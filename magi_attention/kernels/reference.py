@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from magi_attention.kernels.merge import add_part
+from magi_attention.kernels.merge import add_part, merge_states
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
@@ -68,15 +68,17 @@ def forward(
     schedule: TileSchedule,
     params: AttnParams,
     state: State | None = None,
+    sink: torch.Tensor | None = None,
 ) -> State:
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
     dtype = accumulation_dtype(q.dtype)
     heads_kv, group, out_dtype = k.shape[1], q.shape[1] // k.shape[1], q.dtype
     out = q.new_zeros(q.shape, dtype=dtype)
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
+    lse, row_max = (q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype) for _ in range(2))
     walk = _Walk(schedule, heads_kv, group, out)
     factor, cap = _base_2(params)
-    q, k, v, out_rows, lse_rows = (_by_kv_head(x, heads_kv) for x in (q, k, v, out, lse.T.unsqueeze(2)))
+    by_rows = q, k, v, out, lse.T.unsqueeze(2), row_max.T.unsqueeze(2)
+    q, k, v, out_rows, lse_rows, max_rows = (_by_kv_head(x, heads_kv) for x in by_rows)
     for heads in walk.head_chunks:
         k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
         for rows, key_tiles in walk.query_tiles():
@@ -97,8 +99,11 @@ def forward(
                 top = new_top
             # The highest score adds exp2(0) to the total: it is at least 1, or 0 where there is no key.
             out_rows[heads, rows] = out_tile.div_(total.clamp(min=1)).unflatten(1, (-1, group))
+            max_rows[heads, rows] = (top * LN2).masked_fill_(total == 0, -torch.inf).unflatten(1, (-1, group))
             lse_rows[heads, rows] = top.add_(total.log2_()).mul_(LN2).unflatten(1, (-1, group))
-    return add_part(out, lse, out_dtype, schedule.part, state)
+    if sink is not None and state is None:
+        merge_states(out, lse, out.new_zeros(()), sink.to(dtype)[:, None])
+    return add_part(out, lse, row_max if params.return_max_logits else None, out_dtype, schedule.part, state)
 
 
 @_undisturbed
@@ -166,6 +171,13 @@ def backward(
                 dq_tile.baddbmm_(dproduct, k_tile)
             dq_rows[heads, rows] += dq_tile.mul_(factor).unflatten(1, (-1, group))
     return dk.to(dtype or wide), dv.to(dtype or wide)
+
+
+@_undisturbed
+def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
+    """See :meth:`magi_attention.kernels.engine.Engine.sink_grad`."""
+    probs = (sink.to(grads.lse.dtype)[:, None] / LN2 - grads.lse).exp2_()
+    return (probs.mul_(grads.delta).sum(1) / -LN2).to(sink.dtype)
 
 
 def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What q, k and v must be, for every engine."""
+"""What the tensors must be, for every engine."""
 
 import torch
 
@@ -37,3 +37,26 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     heads_q, heads_kv = q.shape[1], k.shape[1]
     if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
         raise ValueError(f"the heads of q must be a multiple of the heads of k and v, got {heads_q} and {heads_kv}")
+
+
+def check_sink(sink: torch.Tensor | None, q: torch.Tensor) -> None:
+    """Refuse a sink that does not fit the queries.
+
+    Args:
+        sink: ``(heads_q,)``, float32 or of the type of ``q``; None for none.
+        q: ``(tokens, heads_q, head_dim)``.
+
+    Raises:
+        TypeError: If it is not a tensor, or of another dtype.
+        ValueError: If its shape or device is another.
+    """
+    if sink is None:
+        return
+    if not isinstance(sink, torch.Tensor):
+        raise TypeError(f"sink must be a torch.Tensor or None, not {type(sink).__name__}")
+    if sink.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"sink must be float32 or of the dtype of q, {q.dtype}, got {sink.dtype}")
+    if sink.device != q.device:
+        raise ValueError(f"sink must be on the device of q, {q.device}, but is on {sink.device}")
+    if sink.shape != q.shape[1:2]:
+        raise ValueError(f"sink must have shape ({q.shape[1]},), one score for each head of q, got {tuple(sink.shape)}")

@@ -4,12 +4,14 @@ from magi_attention.planning.attn_plan import AttnPlan, RankPlan, StagePlan, pla
 from magi_attention.planning.chunking import compute_pad_size
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.routing import GroupCollectivePlan
+from magi_attention.planning.sources import Sources
 
 __all__ = [
     "AttnPlan",
     "DispatchPlan",
     "GroupCollectivePlan",
     "RankPlan",
+    "Sources",
     "StagePlan",
     "compute_pad_size",
     "plan_attention",

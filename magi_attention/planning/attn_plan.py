@@ -1,6 +1,6 @@
 """AttnPlan: who computes what and who sends what, for all ranks; RankPlan: one rank's part of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -8,12 +8,15 @@ import numpy as np
 from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, area, relocate
-from magi_attention.mask.integers import as_int
-from magi_attention.planning.chunking import ChunkWork, compute_pad_size
+from magi_attention.planning.chunking import ChunkWork, check_pad_size
 from magi_attention.planning.dispatch_plan import DispatchPlan
+from magi_attention.planning.key_dispatch import dispatch_keys
 from magi_attention.planning.load_balance import contiguous, min_heap, zigzag
 from magi_attention.planning.locality import locality
+from magi_attention.planning.overlap import OverlapChoice, is_blocking, route_in_stages
 from magi_attention.planning.routing import GroupCollectivePlan, Routes, route_stage
+from magi_attention.planning.sources import SELF_ATTENTION, Sources
+from magi_attention.planning.two_level import MeshShape, TwoLevelPlan, align_stages, route_two_levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +24,12 @@ class StagePlan:
     """One stage of remote work on one rank.
 
     Attributes:
-        collective: The rows that travel.
+        collective: The rows that travel, straight to who needs them or in two levels.
         runs: ``(start, end)`` of the global rows in the buffer of received rows, ascending.
         bands: What the rank's queries attend in that buffer, in local rows and buffer rows.
     """
 
-    collective: GroupCollectivePlan
+    collective: GroupCollectivePlan | TwoLevelPlan
     runs: IntArray
     bands: IntArray
 
@@ -38,25 +41,43 @@ class RankPlan:
     Attributes:
         mask: The global mask.
         config: The configuration it was planned with.
-        dispatch: The chunks of all ranks.
+        dispatch: The chunks of queries of all ranks.
+        dispatch_k: The chunks of keys; ``dispatch`` itself where they are of the same source.
         rank: This rank.
         local_bands: What the rank's queries attend among its own keys, in local rows.
         stages: The remote work, in order. Every rank has the same number of stages.
-        dispatch_of: The mask that the chunks were given to ranks for; None for ``mask`` itself.
+        sources: Where queries and keys come from.
+        dispatch_of: The mask that the queries' chunks were given to ranks for; None for ``mask`` itself.
+        overlap_choice: Why there are as many stages as there are; None where the configuration says how many.
+        mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
     """
 
     mask: AttnMask
     config: DistAttnConfig
     dispatch: DispatchPlan
+    dispatch_k: DispatchPlan
     rank: int
     local_bands: IntArray
     stages: tuple[StagePlan, ...]
+    sources: Sources = SELF_ATTENTION
     dispatch_of: AttnMask | None = None
+    overlap_choice: OverlapChoice | None = None
+    mesh_shape: MeshShape | None = None
+
+    @property
+    def local_seqlen_q(self) -> int:
+        """Rows of queries on this rank."""
+        return self.dispatch.local_seqlens[self.rank]
+
+    @property
+    def local_seqlen_k(self) -> int:
+        """Rows of keys and values on this rank."""
+        return self.dispatch_k.local_seqlens[self.rank]
 
     @property
     def blocking(self) -> bool:
         """Whether rows are waited for before anything is computed (overlap degree 0)."""
-        return self.config.overlap_config.degree == 0
+        return is_blocking(self.config.overlap_config, self.overlap_choice)
 
     @property
     def num_recv_rows(self) -> int:
@@ -66,7 +87,7 @@ class RankPlan:
     @property
     def num_send_rows(self) -> int:
         """Rows that the rank sends, a row once for each rank it goes to."""
-        return sum(len(stage.collective.send_rows) for stage in self.stages)
+        return sum(stage.collective.num_send_rows for stage in self.stages)
 
     @cached_property
     def area(self) -> int:
@@ -81,18 +102,31 @@ class AttnPlan:
     Attributes:
         mask: The global mask.
         config: The configuration it was planned with.
-        dispatch: The chunks of all ranks.
-        work: Area and needed keys of each chunk.
+        dispatch: The chunks of queries of all ranks.
+        dispatch_k: The chunks of keys; ``dispatch`` itself where they are of the same source.
+        work: Area and needed keys of each chunk of queries.
         routes: All rows that travel.
-        dispatch_of: The mask that the chunks were given to ranks for; None for ``mask`` itself.
+        sources: Where queries and keys come from.
+        dispatch_of: The mask that the queries' chunks were given to ranks for; None for ``mask`` itself.
+        overlap_choice: Why there are as many stages as there are; None where the configuration says how many.
+        mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
     """
 
     mask: AttnMask
     config: DistAttnConfig
     dispatch: DispatchPlan
+    dispatch_k: DispatchPlan
     work: ChunkWork
     routes: Routes
+    sources: Sources = SELF_ATTENTION
     dispatch_of: AttnMask | None = None
+    overlap_choice: OverlapChoice | None = None
+    mesh_shape: MeshShape | None = None
+
+    @property
+    def blocking(self) -> bool:
+        """Whether rows are waited for before anything is computed (overlap degree 0)."""
+        return is_blocking(self.config.overlap_config, self.overlap_choice)
 
     @property
     def cp_size(self) -> int:
@@ -107,15 +141,48 @@ class AttnPlan:
         """
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank {rank} is out of bounds: the plan has ranks 0 to {self.cp_size - 1}")
-        own = self.dispatch.runs(rank)
-        rank_bands = relocate(self.mask.bands, own, np.array([[0, self.mask.total_seqlen_k]]))
-        local_rows = np.array([[0, self.dispatch.local_seqlen]])
+        own_keys = self.dispatch_k.runs(rank)
+        all_keys = np.array([[0, self.mask.total_seqlen_k]])
+        rank_bands = relocate(self.mask.bands, self.dispatch.runs(rank), all_keys)
+        local_rows = np.array([[0, self.dispatch.local_seqlens[rank]]])
         stages = []
         for stage in range(self.routes.num_stages):
-            collective, runs = route_stage(self.routes, self.dispatch, rank, stage)
+            collective, runs = self._route(rank, stage)
             stages.append(StagePlan(collective, runs, relocate(rank_bands, local_rows, runs)))
-        local_bands = relocate(rank_bands, local_rows, own)
-        return RankPlan(self.mask, self.config, self.dispatch, rank, local_bands, tuple(stages), self.dispatch_of)
+        return RankPlan(
+            self.mask,
+            self.config,
+            self.dispatch,
+            self.dispatch_k,
+            rank,
+            relocate(rank_bands, local_rows, own_keys),
+            tuple(stages),
+            self.sources,
+            self.dispatch_of,
+            self.overlap_choice,
+            self.mesh_shape,
+        )
+
+    def on_mesh(self, mesh_shape: tuple[int, int] | None) -> "AttnPlan":
+        """This plan for ranks on several nodes: a row crosses to a node once, and is spread inside.
+
+        Args:
+            mesh_shape: Nodes, and ranks in each, as the shape of the ``cp_mesh`` of a key. Ranks are numbered node by
+                node. With None, one node, or nodes of one rank there is one level only, and the plan stays as it is.
+
+        Raises:
+            TypeError: If the sizes are no integers.
+            ValueError: If they do not multiply to the number of ranks.
+        """
+        mesh = None if mesh_shape is None else MeshShape.of(mesh_shape, self.cp_size)
+        if mesh is None or not mesh.has_two_levels:
+            return self
+        return replace(self, routes=align_stages(self.routes, mesh), mesh_shape=mesh)
+
+    def _route(self, rank: int, stage: int) -> tuple[GroupCollectivePlan | TwoLevelPlan, IntArray]:
+        if self.mesh_shape is None:
+            return route_stage(self.routes, self.dispatch_k, rank, stage)
+        return route_two_levels(self.routes, self.dispatch_k, self.mesh_shape, rank, stage)
 
 
 def plan_attention(
@@ -124,90 +191,132 @@ def plan_attention(
     chunk_size: int,
     pad_size: int | None = None,
     config: DistAttnConfig | None = None,
+    *,
+    sources: Sources = SELF_ATTENTION,
 ) -> AttnPlan:
     """Plan a mask over ranks: a pure function, so it can run anywhere, also in a data loader's worker.
 
     Args:
-        mask: The global mask of a self-attention.
+        mask: The global mask.
         cp_size: Number of ranks.
         chunk_size: Rows in a chunk, the unit that is given to ranks.
-        pad_size: Rows of padding at the end; the padded length must be a multiple of ``cp_size * chunk_size``. None
-            for the fewest.
+        pad_size: Rows of padding at the end of the queries; the padded length must be a multiple of
+            ``cp_size * chunk_size``, unless ``config`` has ``DispatchConfig(uneven=True)``. None for the fewest.
         config: How to balance and to split into stages; None for the defaults.
+        sources: Where queries and keys come from; by default self-attention.
 
     Returns:
         The plan of all ranks; ``plan.rank(r)`` is one rank's part.
 
     Raises:
         TypeError: If a size is no integer.
-        ValueError: If the mask is empty or not square, or the padding does not fit.
+        ValueError: If the mask is empty, or not square though queries and keys are of the same source, or the padding
+            does not fit.
     """
     config = DistAttnConfig() if config is None else config
-    if mask.total_seqlen_q != mask.total_seqlen_k:
-        raise ValueError(
-            "self-attention needs total_seqlen_q == total_seqlen_k, "
-            f"not {mask.total_seqlen_q} and {mask.total_seqlen_k}"
-        )
+    dispatch_config = sources.dispatch_config(config.dispatch_config)
     total = mask.total_seqlen_q
-    if total == 0:
-        raise ValueError("the mask has no rows: total_seqlen_q must be at least 1")
-    fitting = compute_pad_size(total, cp_size, chunk_size)
-    pad_size = fitting if pad_size is None else as_int(pad_size, "pad_size")
-    if pad_size < fitting or (pad_size - fitting) % (cp_size * chunk_size):
+    if sources.is_same_source and total != mask.total_seqlen_k:
         raise ValueError(
-            f"pad_size {pad_size} does not fit: total_seqlen {total} + pad_size must be a multiple of "
-            f"cp_size * chunk_size = {cp_size} * {chunk_size}; use {fitting}, as compute_pad_size gives"
+            f"self-attention needs total_seqlen_q == total_seqlen_k, not {total} and {mask.total_seqlen_k}; "
+            "for keys of another source pass is_same_source=False"
         )
-    num_chunks = (total + pad_size) // chunk_size
-    work = ChunkWork.measure(mask, chunk_size, num_chunks)
-    dispatch = DispatchPlan(total, pad_size, chunk_size, cp_size, assign_chunks(work, cp_size, config.dispatch_config))
-    routes = Routes.plan(work.needs_of(dispatch.owner), dispatch, config.overlap_config)
-    return AttnPlan(mask, config, dispatch, work, routes)
+    if total == 0 or mask.total_seqlen_k == 0:
+        name = "q" if total == 0 else "k"
+        raise ValueError(f"the mask has no rows: total_seqlen_{name} must be at least 1")
+    pad_size = check_pad_size(total, cp_size, chunk_size, pad_size, dispatch_config.uneven)
+    num_chunks = -(-(total + pad_size) // chunk_size)
+    work = ChunkWork.measure(mask, chunk_size, num_chunks, sources.is_same_source)
+    dispatch = DispatchPlan(total, pad_size, chunk_size, cp_size, assign_chunks(work, cp_size, dispatch_config))
+    return _plan_keys(mask, config, dispatch, work, sources)
 
 
-def plan_new_mask(mask: AttnMask, plan: AttnPlan | RankPlan, config: DistAttnConfig | None = None) -> AttnPlan:
+def plan_new_mask(
+    mask: AttnMask,
+    plan: AttnPlan | RankPlan,
+    config: DistAttnConfig | None = None,
+    *,
+    sources: Sources | None = None,
+) -> AttnPlan:
     """Plan another mask over a sequence whose chunks have their ranks already, so that local rows stay what they are.
 
     For models whose layers have different masks: the input is dispatched once. The plan has its own routing and
     stages; its areas are not balanced anew.
 
     Args:
-        mask: The other mask, over the same number of rows.
-        plan: The plan to take the chunks from.
+        mask: The other mask, of as many queries.
+        plan: The plan of self-attention to take the chunks from.
         config: How to split into stages; None for the plan's. Its ``dispatch_config`` must be the plan's.
+        sources: None when the keys are those of the plan, too. With ``is_same_source=False``, the plan's queries attend
+            keys of another source, which are given to ranks here; ``is_q_permutable`` stays what it was.
 
     Returns:
-        The plan of all ranks.
+        The plan of all ranks, on the same mesh.
 
     Raises:
-        ValueError: If ``mask`` is over another number of rows, or ``config`` would give chunks to ranks otherwise.
+        ValueError: If ``mask`` is over another number of rows, ``config`` would give chunks to ranks otherwise, or
+            the plan's own keys are of another source than its queries.
     """
     config = plan.config if config is None else config
-    check_new_mask(mask, plan, config)
+    sources, dispatch_of = check_new_mask(mask, plan, config, sources)
     dispatch = plan.dispatch
-    dispatched_for = plan.mask if plan.dispatch_of is None else plan.dispatch_of
-    work = ChunkWork.measure(mask, dispatch.chunk_size, len(dispatch.owner))
-    routes = Routes.plan(work.needs_of(dispatch.owner), dispatch, config.overlap_config)
-    return AttnPlan(mask, config, dispatch, work, routes, None if mask == dispatched_for else dispatched_for)
+    work = ChunkWork.measure(mask, dispatch.chunk_size, len(dispatch.owner), sources.is_same_source)
+    return _plan_keys(mask, config, dispatch, work, sources, dispatch_of).on_mesh(plan.mesh_shape)
 
 
-def check_new_mask(mask: AttnMask, plan: AttnPlan | RankPlan, config: DistAttnConfig) -> None:
-    """Refuse a mask or a configuration that does not go with rows dispatched before.
+def _plan_keys(
+    mask: AttnMask,
+    config: DistAttnConfig,
+    dispatch: DispatchPlan,
+    work: ChunkWork,
+    sources: Sources,
+    dispatch_of: AttnMask | None = None,
+) -> AttnPlan:
+    """Plan which rank has which keys, and which travel, once the queries have their ranks."""
+    dispatch_k = dispatch
+    if not sources.is_same_source:
+        needs = work.needs_of(dispatch.owner)
+        dispatch_k = dispatch_keys(
+            needs, mask.total_seqlen_k, dispatch.chunk_size, dispatch.cp_size, sources.is_k_permutable
+        )
+    routes, choice = route_in_stages(mask, work, dispatch, dispatch_k, config)
+    return AttnPlan(mask, config, dispatch, dispatch_k, work, routes, sources, dispatch_of, choice)
+
+
+def check_new_mask(
+    mask: AttnMask, plan: AttnPlan | RankPlan, config: DistAttnConfig, sources: Sources | None
+) -> tuple[Sources, AttnMask | None]:
+    """Refuse a mask, a configuration or sources that do not go with rows dispatched before.
+
+    Returns:
+        ``sources`` and ``dispatch_of`` of the new mask's plan.
 
     Raises:
-        ValueError: If ``mask`` is over another number of rows, or ``config`` would give chunks to ranks otherwise.
+        ValueError: See :func:`plan_new_mask`.
     """
+    if not plan.sources.is_same_source:
+        raise ValueError(
+            "the rows were dispatched for cross-attention, whose keys have their ranks for one mask; dispatch with the "
+            "key of self-attention over the queries, and make from it the keys of all masks (cross-attention with "
+            "is_k_permutable=False then has the same rows of keys for all of them)"
+        )
+    sources = plan.sources if sources is None else replace(sources, is_q_permutable=plan.sources.is_q_permutable)
     total = plan.dispatch.total_seqlen
-    if (mask.total_seqlen_q, mask.total_seqlen_k) != (total, total):
+    if mask.total_seqlen_q != total or (sources.is_same_source and mask.total_seqlen_k != total):
         raise ValueError(
             f"the new mask is over {mask.total_seqlen_q} queries and {mask.total_seqlen_k} keys, but the rows were "
             f"dispatched for a sequence of {total}"
         )
+    if mask.total_seqlen_k == 0:
+        raise ValueError("the new mask has no keys: total_seqlen_k must be at least 1")
     if config.dispatch_config != plan.config.dispatch_config:
         raise ValueError(
             f"dist_attn_config has {config.dispatch_config!r}, but the rows were dispatched with "
             f"{plan.config.dispatch_config!r}, which a new mask cannot change"
         )
+    dispatched_for = plan.mask if plan.dispatch_of is None else plan.dispatch_of
+    is_its_own = sources == plan.sources and mask == dispatched_for
+    return sources, None if is_its_own else dispatched_for
 
 
 def assign_chunks(work: ChunkWork, cp_size: int, config: DispatchConfig) -> IntArray:

@@ -1,7 +1,9 @@
 """Give chunks to ranks: rules that look at areas and order only.
 
 An assignment is ``owner``, int64 ``(num_chunks,)``: the rank of each chunk. Every rank gets the same number of chunks.
-The rule that also looks at the rows moved is in :mod:`magi_attention.planning.locality`.
+Where they don't divide, some ranks get one more, and the last chunk, which may have fewer rows than others, is one of
+theirs: so the ranks' rows differ by a chunk at most. The rule that also looks at the rows moved is in
+:mod:`magi_attention.planning.locality`.
 """
 
 import heapq
@@ -12,22 +14,45 @@ from magi_attention.mask.bands import IntArray
 from magi_attention.planning.chunking import ChunkWork
 
 
+def chunks_a_rank(num_chunks: int, cp_size: int) -> IntArray:
+    """How many chunks each rank gets, ``(cp_size,)``; the last ranks get one more where they don't divide."""
+    return (num_chunks + np.arange(cp_size)) // cp_size
+
+
+def last_chunk_is_pinned(num_chunks: int, cp_size: int) -> bool:
+    """Whether only some ranks may have the last chunk: those that get one more."""
+    return num_chunks % cp_size > 0
+
+
 def min_heap(work: ChunkWork, cp_size: int) -> IntArray:
     """Chunks in order of falling area, each to the least loaded rank that has room (longest processing time first)."""
-    return deal_by_heap(work.areas, cp_size)
+    pinned = last_chunk_is_pinned(work.num_chunks, cp_size)
+    return deal_by_heap(work.areas, chunks_a_rank(work.num_chunks, cp_size), pinned)
 
 
-def deal_by_heap(areas: IntArray, cp_size: int) -> IntArray:
-    """:func:`min_heap` for chunks of which only the areas are known."""
-    room = [len(areas) // cp_size] * cp_size
-    heap = [(0, rank) for rank in range(cp_size)]
-    owner = [0] * len(areas)
-    area_of = areas.tolist()
-    for chunk in np.argsort(-areas, kind="stable").tolist():
+def deal_by_heap(areas: IntArray, room: IntArray, last_is_pinned: bool) -> IntArray:
+    """:func:`min_heap` for chunks of which only the areas are known.
+
+    Args:
+        areas: Unmasked cells of each chunk.
+        room: How many chunks each rank gets.
+        last_is_pinned: Whether the last chunk is the last rank's, before any other is dealt.
+    """
+    area_of, left = areas.tolist(), room.tolist()
+    order = np.argsort(-areas, kind="stable")
+    owner = [len(left) - 1] * len(area_of)
+    loads = [0] * len(left)
+    if last_is_pinned:
+        order = order[order != len(area_of) - 1]
+        left[-1] -= 1
+        loads[-1] = area_of[-1]
+    heap = [(load, rank) for rank, load in enumerate(loads) if left[rank]]
+    heapq.heapify(heap)
+    for chunk in order.tolist():
         load, rank = heap[0]
         owner[chunk] = rank
-        room[rank] -= 1
-        if room[rank]:
+        left[rank] -= 1
+        if left[rank]:
             heapq.heapreplace(heap, (load + area_of[chunk], rank))
         else:
             heapq.heappop(heap)
@@ -36,7 +61,7 @@ def deal_by_heap(areas: IntArray, cp_size: int) -> IntArray:
 
 def contiguous(work: ChunkWork, cp_size: int) -> IntArray:
     """The sequence cut into ``cp_size`` equal parts."""
-    return np.arange(work.num_chunks) * cp_size // work.num_chunks
+    return np.repeat(np.arange(cp_size), chunks_a_rank(work.num_chunks, cp_size))
 
 
 def zigzag(work: ChunkWork, cp_size: int) -> IntArray:
@@ -45,8 +70,11 @@ def zigzag(work: ChunkWork, cp_size: int) -> IntArray:
     With an odd number m of chunks a rank, parts have (m + 1) / 2 and (m - 1) / 2 chunks in turn; those of a rank, one
     at an even place and one at an odd one, have m together.
     """
-    part = np.arange(work.num_chunks) * 2 * cp_size // work.num_chunks
-    return np.minimum(part, 2 * cp_size - 1 - part)
+    ranks = np.arange(cp_size)
+    chunks = chunks_a_rank(work.num_chunks, cp_size)[::-1]  # rank 0 has the last chunk
+    first_part = (chunks + (ranks % 2 == 0)) // 2
+    second_part = chunks - first_part
+    return np.concatenate((np.repeat(ranks, first_part), np.repeat(ranks[::-1], second_part[::-1])))
 
 
 def imbalance(work: ChunkWork, owner: IntArray, cp_size: int) -> float:

@@ -15,7 +15,13 @@ import numpy as np
 
 from magi_attention.mask.bands import IntArray
 from magi_attention.planning.chunking import ChunkWork
-from magi_attention.planning.load_balance import deal_by_heap, min_heap, rank_areas
+from magi_attention.planning.load_balance import (
+    chunks_a_rank,
+    deal_by_heap,
+    last_chunk_is_pinned,
+    min_heap,
+    rank_areas,
+)
 from magi_attention.planning.runs import GroupedRuns
 
 
@@ -34,15 +40,19 @@ def locality(work: ChunkWork, cp_size: int, tolerance: float) -> IntArray:
 def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:
     """One rank after another takes a share of what is left; the last one takes the rest, however large it is."""
     links = _Links.measure(work)
-    owner = np.full(work.num_chunks, cp_size - 1)
     by_area = np.argsort(work.areas, kind="stable")
+    ranks = np.arange(cp_size)
+    if last_chunk_is_pinned(work.num_chunks, cp_size):  # then its rank is the first, and the chunk its seed
+        by_area = np.append(by_area[by_area != work.num_chunks - 1], work.num_chunks - 1)
+        ranks = np.roll(ranks, 1)
+    slots = chunks_a_rank(work.num_chunks, cp_size)
+    owner = np.full(work.num_chunks, ranks[-1])
     free = np.ones(work.num_chunks, np.bool_)
     area_left = int(work.areas.sum())
-    slots = work.num_chunks // cp_size
-    for rank in range(cp_size - 1):
-        target = area_left / (cp_size - rank)
+    for turn, rank in enumerate(ranks[:-1].tolist()):
+        target = area_left / (cp_size - turn)
         by_area = by_area[free[by_area]]
-        share = _Share(slots, target, slack * target)
+        share = _Share(int(slots[rank]), target, slack * target)
         taken = _fill(work, links, free, _grow_core(work, links, free, by_area, share), share)
         owner[taken] = rank
         free[taken] = False
@@ -53,21 +63,22 @@ def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:
 def _even_out(work: ChunkWork, owner: IntArray, cp_size: int, limit: float) -> IntArray:
     """Swap chunks of the most loaded rank for lighter ones, the cheapest swap that helps first, to keep the limit."""
     owner = owner.copy()
+    movable = np.arange(work.num_chunks - last_chunk_is_pinned(work.num_chunks, cp_size))
     for _ in range(work.num_chunks):
         loads = rank_areas(work, owner, cp_size)
         worst = int(np.argmax(loads))
         if loads[worst] <= limit:
             break
-        mine = np.flatnonzero(owner == worst)
-        relief = work.areas[mine][:, None] - work.areas
-        peak = np.maximum(loads[worst] - relief, loads[owner] + relief)
-        if peak.min() >= loads[worst]:
+        mine = np.flatnonzero(owner[movable] == worst)
+        relief = work.areas[mine][:, None] - work.areas[movable]
+        peak = np.maximum(loads[worst] - relief, loads[owner[movable]] + relief)
+        if peak.min(initial=loads[worst]) >= loads[worst]:
             break
         needs = work.needs_of(owner)
         x, y = np.nonzero(peak <= limit)
         if len(x):
             given = _rows_beyond(work, needs, mine, np.arange(cp_size))
-            got = _rows_beyond(work, needs, np.arange(work.num_chunks), np.array([worst]))[:, 0]
+            got = _rows_beyond(work, needs, movable, np.array([worst]))[:, 0]
             best = int(np.argmin(given[x, owner[y]] + got[y]))
         else:
             x, y = np.nonzero(peak == peak.min())
@@ -86,14 +97,16 @@ def _deal_anew(work: ChunkWork, owner: IntArray, cp_size: int, limit: float) -> 
     loads = rank_areas(work, owner, cp_size)
     if loads.max() <= limit:
         return owner
+    slots = chunks_a_rank(work.num_chunks, cp_size)
     lights = np.bincount(owner[work.areas < work.areas.mean() / 2], minlength=cp_size)
     from_both_ends = np.abs(loads - np.median(loads))
     for pooled in range(2, cp_size + 1):
         for preference in (from_both_ends, lights):
-            ranks = np.argsort(-np.where(loads > limit, np.inf, preference), kind="stable")[:pooled]
+            ranks = np.sort(np.argsort(-np.where(loads > limit, np.inf, preference), kind="stable")[:pooled])
             chunks = np.flatnonzero(np.isin(owner, ranks))
+            pinned = last_chunk_is_pinned(work.num_chunks, cp_size) and ranks[-1] == cp_size - 1
             dealt = owner.copy()
-            dealt[chunks] = ranks[deal_by_heap(work.areas[chunks], pooled)]
+            dealt[chunks] = ranks[deal_by_heap(work.areas[chunks], slots[ranks], pinned)]
             if rank_areas(work, dealt, cp_size).max() <= limit:
                 return dealt
     raise AssertionError("the heap keeps the limit")

@@ -17,9 +17,9 @@ def rows_moved_lower_bound(mask: AttnMask, cp_size: int, chunk_size: int, tolera
     taken to spend all they have on every document, so the true minimum is higher, but no assignment is lower.
 
     Args:
-        mask: A mask of ``total_seqlen_q == total_seqlen_k``.
+        mask: The mask. Its keys may be of another source than its queries.
         cp_size: Number of ranks.
-        chunk_size: Rows in a chunk.
+        chunk_size: Rows in a chunk; no rank has more of them than the least padding makes.
         tolerance: Allowed imbalance, as a fraction of the mean area.
     """
     if cp_size == 1 or not len(mask.bands):

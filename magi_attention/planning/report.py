@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from magi_attention.mask.bands import area
 from magi_attention.planning.attn_plan import AttnPlan, RankPlan
+from magi_attention.planning.cost_model import FloatArray
+from magi_attention.planning.timeline import PassTimeline
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class RankReport:
 
     Attributes:
         rank: The rank.
-        tokens: Its local rows, padding included; the same on every rank.
+        tokens: Its local rows, padding included; the same on every rank unless shards are uneven.
         area: Unmasked cells that it computes.
         recv_rows: Distinct remote key/value rows that it receives.
         send_rows: Rows that it sends, a row once for each rank it goes to.
@@ -48,12 +52,12 @@ def report(plan: AttnPlan) -> list[RankReport]:
 def report_rank(plan: RankPlan) -> RankReport:
     """One rank's part of a plan."""
     stages = [
-        StageReport(int(area(s.bands).sum()), s.collective.num_recv_rows, len(s.collective.send_rows))
+        StageReport(int(area(s.bands).sum()), s.collective.num_recv_rows, s.collective.num_send_rows)
         for s in plan.stages
     ]
     return RankReport(
         rank=plan.rank,
-        tokens=plan.dispatch.local_seqlen,
+        tokens=plan.local_seqlen_q,
         area=plan.area,
         recv_rows=plan.num_recv_rows,
         send_rows=plan.num_send_rows,
@@ -67,3 +71,36 @@ def area_imbalance(ranks: list[RankReport]) -> float:
     """Largest area of a rank over the mean; 1 is perfect. The most loaded rank sets the pace for all."""
     total = sum(rank.area for rank in ranks)
     return max(rank.area for rank in ranks) * len(ranks) / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Where the time of a pass goes on one rank, in seconds. The parts make up the time of the pass on every rank.
+
+    Attributes:
+        compute: It computes. The slowest rank is the one that computes longest.
+        exposed: It waits while rows are under way.
+        idle: It waits for ranks that still compute.
+    """
+
+    compute: float
+    exposed: float
+    idle: float
+
+
+def report_times(timeline: PassTimeline) -> list[RankTimes]:
+    """Where the time of a pass goes, on every rank."""
+
+    def times(rank: int, lane: str) -> FloatArray:
+        spans = [(span.start, span.end) for span in timeline.spans if (span.rank, span.lane) == (rank, lane)]
+        return np.array(spans).reshape(-1, 2)
+
+    def on_rank(rank: int) -> RankTimes:
+        computing, travelling = times(rank, "compute"), times(rank, "network")
+        compute, exposed = (float((lane[:, 1] - lane[:, 0]).sum()) for lane in (computing, travelling))
+        both_end = np.minimum.outer(computing[:, 1], travelling[:, 1])
+        both_start = np.maximum.outer(computing[:, 0], travelling[:, 0])
+        exposed -= float(np.maximum(both_end - both_start, 0).sum())
+        return RankTimes(compute, exposed, timeline.seconds - compute - exposed)
+
+    return [on_rank(rank) for rank in range(timeline.cp_size)]

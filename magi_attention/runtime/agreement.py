@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from magi_attention.runtime.side_groups import host_group
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -32,9 +34,12 @@ class Agreement:
 
 
 def start_agreement(digest: bytes, group: dist.ProcessGroup) -> Agreement:
-    """Start gathering the ranks' digests: 16 bytes a rank, hidden behind whatever comes next."""
-    device = torch.device("cpu" if "cpu:" in str(dist.get_backend_config(group)) else "cuda")
-    mine = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(device)
+    """Start gathering the ranks' digests: 16 bytes a rank, hidden behind whatever comes next.
+
+    It is between the hosts, so that nobody waits for a GPU that is still busy with the step before.
+    """
+    group = host_group(group)
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     work = dist.all_gather(gathered, mine, group=group, async_op=True)
     return Agreement(mine, gathered, work)

@@ -1,44 +1,76 @@
 """Attention over the ranks: the staged forward and backward loops."""
 
+import functools
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from magi_attention.comm import GroupReduce, RowExchange, group_cast, group_reduce
+from magi_attention.comm.exchange import Exchange, Reduce
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.runtime.runtime import RankProgram
+from magi_attention.runtime.spans import span
 
-Stage = tuple[RowExchange | None, Any, torch.Tensor, torch.Tensor]
+
+class Stage(NamedTuple):
+    """Keys and values to compute with.
+
+    Attributes:
+        name: What traces call them.
+        exchange: What brought them; None for the rank's own.
+        schedule: The engine's, of the rank's queries and these keys.
+        k: Keys.
+        v: Values.
+        alone: Whether no other keys and values are under way meanwhile.
+    """
+
+    name: str
+    exchange: Exchange | None
+    schedule: Any
+    k: torch.Tensor
+    v: torch.Tensor
+    alone: bool
 
 
-def attended_stages(
-    k: torch.Tensor, v: torch.Tensor, program: RankProgram, group: dist.ProcessGroup
-) -> Iterator[Stage]:
+def attended_stages(k: torch.Tensor, v: torch.Tensor, program: RankProgram) -> Iterator[Stage]:
     """The rank's own keys and values, then those of each stage as they arrive.
 
     While the caller computes with one stage, the rows of the next are under way.
-
-    Yields:
-        The exchange that brought the rows (None for the rank's own), the engine's schedule, keys and values.
     """
-    casts = (group_cast((k, v), stage.exchange, group) for stage in program.stages)
-    upcoming = next(casts, None)
+
+    def cast(number: int) -> Any:
+        if number > len(program.stages):
+            return None
+        with span(f"cast {number}"):
+            return program.stages[number - 1].exchange.cast((k, v))
+
+    upcoming = cast(1)
     if program.blocking and upcoming is not None:
         upcoming.transfer.wait()
-    yield None, program.local, k, v
-    for stage in program.stages:
-        current, upcoming = upcoming, next(casts, None)
-        assert current is not None
-        stage_k, stage_v = current.wait()
-        yield stage.exchange, stage.schedule, stage_k, stage_v
+    yield Stage("own keys", None, program.local, k, v, alone=upcoming is None or program.blocking)
+    for number, stage in enumerate(program.stages, 1):
+        current, upcoming = upcoming, cast(number + 1)
+        with span(f"wait for cast {number}"):
+            stage_k, stage_v = current.wait()
+        del current  # and with it the memory of what was sent
+        yield Stage(f"stage {number}", stage.exchange, stage.schedule, stage_k, stage_v, alone=upcoming is None)
+
+
+@functools.lru_cache
+def beside_transfers(params: AttnParams, alone: bool) -> AttnParams:
+    """The parameters of kernels that are alone on the device, or have transfers beside them."""
+    return replace(params, sm_margin=0) if alone else replace(params, yields=params.sm_margin == 0)
 
 
 class DistAttn(torch.autograd.Function):
-    """``(q, k, v)`` of this rank's rows to ``(out, lse)`` of its rows, attending the rows of all ranks."""
+    """``(q, k, v)`` of this rank's rows to ``(out, lse)`` of its rows, attending the rows of all ranks.
+
+    If ``params`` ask for them, the highest scores of these rows come third, one of each head. The gradient of the sink
+    is the sum over these rows.
+    """
 
     @staticmethod
     def forward(
@@ -47,40 +79,56 @@ class DistAttn(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         program: RankProgram,
-        group: dist.ProcessGroup,
         params: AttnParams,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        engine = program.engine
+        sink: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         state: State | None = None
-        for _, schedule, stage_k, stage_v in attended_stages(k, v, program, group):
-            state = engine.forward(q, stage_k, stage_v, schedule, params, state)
+        for stage in attended_stages(k, v, program):
+            with span(f"forward {stage.name}"):
+                stage_params = beside_transfers(params, stage.alone)
+                state = program.engine.forward(q, stage.k, stage.v, stage.schedule, stage_params, state, sink)
         assert state is not None
-        out, lse, _ = state
+        out, lse, *_ = state
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.program, ctx.group, ctx.params = program, group, params
-        return out, lse
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.program, ctx.params = program, params
+        if not params.return_max_logits:
+            return out, lse
+        max_logits = state.max_logits()
+        ctx.mark_non_differentiable(max_logits)
+        return out, lse, max_logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        program, group, params = ctx.program, ctx.group, ctx.params
+    def backward(
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, *_: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sink, out, lse = ctx.saved_tensors
+        program, params = ctx.program, ctx.params
         engine = program.engine
         query_grads = engine.start_backward(out, dout, lse, dlse, params)
-        dtype = None if program.stages else k.dtype  # as in the forward pass, parts are added up before rounding
+        dtype = None if program.stages else k.dtype  # parts are added up before rounding
+        wire_dtype = k.dtype if program.rounds_grads else None
         key_grads: tuple[torch.Tensor, torch.Tensor] | None = None
-        homeward: GroupReduce | None = None
-        for exchange, schedule, stage_k, stage_v in attended_stages(k, v, program, group):
-            part = engine.backward(query_grads, q, stage_k, stage_v, schedule, params, dtype)
-            if exchange is None or key_grads is None:
+        homeward: Reduce | None = None
+        for stage in attended_stages(k, v, program):
+            with span(f"backward {stage.name}"):
+                stage_params = beside_transfers(params, stage.alone and homeward is None)
+                part = engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)
+            if stage.exchange is None or key_grads is None:
                 key_grads = part
                 continue
-            previous, homeward = homeward, group_reduce(part, exchange, group)
-            if previous is not None:
-                previous.wait(into=key_grads)
+            with span(f"reduce {stage.name}"):
+                previous, homeward = homeward, stage.exchange.reduce(part, wire_dtype)
+                if previous is not None:
+                    previous.wait(into=key_grads)
+                del previous, part
         assert key_grads is not None
-        if homeward is not None:
-            homeward.wait(into=key_grads)
-        dk, dv = key_grads
-        return engine.finish_backward(query_grads, params, q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        with span("finish backward"):
+            # These read and write memory only, while the last rows are on their way.
+            dsink = None if sink is None else engine.sink_grad(query_grads, sink, params)
+            dq = engine.finish_backward(query_grads, params, q.dtype)
+            if homeward is not None:
+                homeward.wait(into=key_grads)
+            dk, dv = key_grads
+            return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, dsink

@@ -1,33 +1,95 @@
-"""The one process group that ``cp_group`` or ``cp_mesh`` stands for."""
+"""CpGroup: the process groups that ``cp_group`` or ``cp_mesh`` stands for."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from magi_attention.comm import Exchange, FlatExchange, HierarchicalExchange, RowExchange
+from magi_attention.planning import GroupCollectivePlan
+from magi_attention.planning.two_level import MeshShape, TwoLevelPlan
+from magi_attention.runtime.side_groups import transfer_group
 
-def resolve_group(cp_group: dist.ProcessGroup | None, cp_mesh: DeviceMesh | None) -> dist.ProcessGroup:
-    """Turn the two ways of naming the ranks into a process group.
 
-    A mesh of one axis gives its group; of a mesh with more axes all ranks form one group, made at first use.
+@dataclass(frozen=True)
+class CpGroup:
+    """The ranks of context parallelism.
+
+    Attributes:
+        flat: All of them, node by node.
+        levels: On several nodes of several ranks, the ranks with this rank's place, one in each node, and the ranks of
+            this rank's node; None where rows travel in one level.
+    """
+
+    flat: dist.ProcessGroup
+    levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.flat.size()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Their numbers in the default group."""
+        return tuple(dist.get_process_group_ranks(self.flat))
+
+    @property
+    def mesh_shape(self) -> MeshShape | None:
+        """Nodes, and ranks in each; None where rows travel in one level."""
+        return None if self.levels is None else MeshShape(*(group.size() for group in self.levels))
+
+    def exchange(self, plan: GroupCollectivePlan | TwoLevelPlan, device: torch.device) -> Exchange:
+        """Make a stage's transfers ready for a device."""
+        if isinstance(plan, GroupCollectivePlan):
+            return FlatExchange(RowExchange.on_device(plan, device), transfer_group(self.flat))
+        assert self.levels is not None
+        inter, intra = map(transfer_group, self.levels)
+        return HierarchicalExchange.on_device(plan, inter, intra, device)
+
+
+def resolve_group(cp_group: dist.ProcessGroup | None, cp_mesh: DeviceMesh | None) -> CpGroup:
+    """Turn the two ways of naming the ranks into process groups.
+
+    A mesh of two axes is one of nodes and the ranks in each. All ranks of a mesh with several axes form one group, too,
+    which is made at first use.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If not exactly one is given, or a mesh of several axes does not name them.
+        ValueError: If not exactly one is given, or a mesh of several axes does not name them or is not in the order of
+            its ranks.
     """
     if (cp_group is None) == (cp_mesh is None):
         given = "neither" if cp_group is None else "both"
         raise ValueError(f"exactly one of cp_group and cp_mesh must be given, not {given}")
     if cp_mesh is not None:
-        if not isinstance(cp_mesh, DeviceMesh):
-            raise TypeError(f"cp_mesh must be a torch DeviceMesh, not {cp_mesh!r}")
-        if cp_mesh.ndim > 1 and cp_mesh.mesh_dim_names is None:
-            raise ValueError("a cp_mesh of more than one axis needs mesh_dim_names, so that its axes can be joined")
-        cp_group = (cp_mesh if cp_mesh.ndim == 1 else cp_mesh._flatten()).get_group()
+        return _of_mesh(cp_mesh)
     if not isinstance(cp_group, dist.ProcessGroup):
         raise TypeError(
             f"cp_group must be a torch.distributed.ProcessGroup that this rank is part of, not {cp_group!r}"
         )
-    return cp_group
+    return CpGroup(cp_group)
+
+
+def _of_mesh(mesh: DeviceMesh) -> CpGroup:
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"cp_mesh must be a torch DeviceMesh, not {mesh!r}")
+    if mesh.ndim == 1:
+        return CpGroup(mesh.get_group())
+    if mesh.mesh_dim_names is None:
+        raise ValueError("a cp_mesh of more than one axis needs mesh_dim_names, so that its axes can be joined")
+    flat = mesh._flatten().get_group()
+    if mesh.ndim > 2 or min(mesh.shape) == 1:
+        return CpGroup(flat)
+    inter, intra = mesh.get_group(0), mesh.get_group(1)
+    ranks = np.array(dist.get_process_group_ranks(flat)).reshape(mesh.shape)
+    mine = ranks[:, intra.rank()].tolist(), ranks[inter.rank()].tolist()
+    if mine != (dist.get_process_group_ranks(inter), dist.get_process_group_ranks(intra)):
+        raise ValueError(
+            f"the ranks of a cp_mesh of two axes must be in ascending order, node by node, not {mesh.mesh.tolist()}"
+        )
+    return CpGroup(flat, (inter, intra))
 
 
 def position_device(group: dist.ProcessGroup) -> torch.device:

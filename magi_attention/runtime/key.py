@@ -6,6 +6,8 @@ from functools import cached_property
 
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask.attn_mask import AttnMask
+from magi_attention.planning.sources import SELF_ATTENTION, Sources
+from magi_attention.planning.two_level import MeshShape
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class DistAttnRuntimeKey:
 
     Attributes:
         mask: The global mask.
-        pad_size: Rows of padding at the end of the sequence.
+        pad_size: Rows of padding at the end of the queries.
         chunk_size: Rows in a chunk.
         cp_ranks: Global ranks of the context-parallel group, in order.
         group_name: Name of the process group.
         config: The configuration.
-        dispatch_of: The mask that the chunks were given to ranks for, when that is another one than ``mask``.
+        dispatch_of: The mask that the chunks of queries were given to ranks for; None for ``mask`` itself.
+        mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
+        sources: Where queries and keys come from.
     """
 
     mask: AttnMask
@@ -32,6 +36,8 @@ class DistAttnRuntimeKey:
     group_name: str
     config: DistAttnConfig
     dispatch_of: AttnMask | None = None
+    mesh_shape: MeshShape | None = None
+    sources: Sources = SELF_ATTENTION
 
     @property
     def cp_size(self) -> int:
@@ -40,17 +46,17 @@ class DistAttnRuntimeKey:
 
     @property
     def total_seqlen_q(self) -> int:
-        """Rows of the sequence without padding."""
+        """Queries, without padding."""
         return self.mask.total_seqlen_q
 
     @property
     def total_seqlen_k(self) -> int:
-        """Keys of the sequence without padding."""
+        """Keys, without padding."""
         return self.mask.total_seqlen_k
 
     @cached_property
     def digest(self) -> bytes:
         """16 bytes that differ when anything differs that ranks must agree on, the same in every process."""
         dispatch_of = None if self.dispatch_of is None else self.dispatch_of.digest
-        parts = (self.pad_size, self.chunk_size, self.cp_ranks, self.config, dispatch_of)
+        parts = (self.pad_size, self.chunk_size, self.cp_ranks, self.config, dispatch_of, self.mesh_shape, self.sources)
         return hashlib.blake2b(self.mask.digest + repr(parts).encode(), digest_size=16).digest()

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch.distributed as dist
-
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.integers import as_int
-from magi_attention.planning import AttnPlan, RankPlan, plan_attention, plan_new_mask
+from magi_attention.planning import AttnPlan, RankPlan, Sources, plan_attention, plan_new_mask
 from magi_attention.planning.attn_plan import check_new_mask
+from magi_attention.planning.sources import SELF_ATTENTION
 from magi_attention.runtime.agreement import start_agreement
 from magi_attention.runtime.cache import runtimes
+from magi_attention.runtime.groups import CpGroup
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.runtime import DistAttnRuntime
 
@@ -20,9 +20,10 @@ def make_key(
     mask: AttnMask,
     pad_size: int,
     chunk_size: int,
-    group: dist.ProcessGroup,
+    group: CpGroup,
     config: DistAttnConfig,
     plan: AttnPlan | RankPlan | None,
+    sources: Sources = SELF_ATTENTION,
 ) -> DistAttnRuntimeKey:
     """Make the key of a mask, plan it unless its plan is in the cache or given, and start comparing it among the ranks.
 
@@ -32,15 +33,28 @@ def make_key(
     """
     _check_types(config, plan)
     pad_size, chunk_size = as_int(pad_size, "pad_size"), as_int(chunk_size, "chunk_size")
-    ranks = tuple(dist.get_process_group_ranks(group))
-    key = DistAttnRuntimeKey(mask, pad_size, chunk_size, ranks, group.group_name, config)
-    return _enter(key, group, plan, lambda: plan_attention(mask, len(ranks), chunk_size, pad_size, config))
+    mesh_shape = group.mesh_shape
+    key = DistAttnRuntimeKey(
+        mask, pad_size, chunk_size, group.ranks, group.flat.group_name, config, mesh_shape=mesh_shape, sources=sources
+    )
+
+    def make_plan() -> AttnPlan:
+        made = plan_attention(mask, group.size(), chunk_size, pad_size, config, sources=sources)
+        return made.on_mesh(mesh_shape)
+
+    return _enter(key, group, plan, make_plan)
 
 
 def make_key_after_dispatch(
-    mask: AttnMask, key: DistAttnRuntimeKey, config: DistAttnConfig | None, plan: AttnPlan | RankPlan | None
+    mask: AttnMask,
+    key: DistAttnRuntimeKey,
+    config: DistAttnConfig | None,
+    plan: AttnPlan | RankPlan | None,
+    sources: Sources | None = None,
 ) -> DistAttnRuntimeKey:
     """Make the key of another mask over the rows that ``key`` dispatched, which stay where they are.
+
+    ``sources`` is None where the queries attend the keys of these rows, else it tells of keys of another source.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -51,11 +65,9 @@ def make_key_after_dispatch(
     config = key.config if config is None else config
     _check_types(config, plan)
     base = runtime.plan
-    check_new_mask(mask, base, config)
-    dispatched_for = key.mask if key.dispatch_of is None else key.dispatch_of
-    dispatch_of = None if mask == dispatched_for else dispatched_for
-    new_key = replace(key, mask=mask, config=config, dispatch_of=dispatch_of)
-    return _enter(new_key, runtime.group, plan, lambda: plan_new_mask(mask, base, config))
+    new_sources, dispatch_of = check_new_mask(mask, base, config, sources)
+    new_key = replace(key, mask=mask, config=config, dispatch_of=dispatch_of, sources=new_sources)
+    return _enter(new_key, runtime.cp_group, plan, lambda: plan_new_mask(mask, base, config, sources=sources))
 
 
 def _check_types(config: DistAttnConfig, plan: AttnPlan | RankPlan | None) -> None:
@@ -67,21 +79,21 @@ def _check_types(config: DistAttnConfig, plan: AttnPlan | RankPlan | None) -> No
 
 def _enter(
     key: DistAttnRuntimeKey,
-    group: dist.ProcessGroup,
+    group: CpGroup,
     plan: AttnPlan | RankPlan | None,
     make_plan: Callable[[], AttnPlan],
 ) -> DistAttnRuntimeKey:
     """Put a key's plan into the cache unless it is there, and start comparing the key among the ranks."""
     runtime = runtimes.find(key)
-    if runtime is None or runtime.group is not group:  # a group made anew may bear the name of one that was destroyed
-        rank = dist.get_rank(group)
+    if runtime is None or runtime.cp_group != group:  # a group made anew may bear the name of one that was destroyed
+        rank = group.flat.rank()
         plan = make_plan() if plan is None else plan
         rank_plan = plan.rank(rank) if isinstance(plan, AttnPlan) else plan
         _check_plan(rank_plan, key, rank)
         runtime = DistAttnRuntime(rank_plan, group)
         runtimes.put(key, runtime)
     if key.cp_size > 1:
-        runtime.agreements.append(start_agreement(key.digest, group))
+        runtime.agreements.append(start_agreement(key.digest, group.flat))
     return key
 
 
@@ -95,6 +107,8 @@ def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, rank: int) -> None:
         ("pad_size", plan.dispatch.pad_size, key.pad_size),
         ("config", plan.config, key.config),
         ("dispatch_of", plan.dispatch_of, key.dispatch_of),
+        ("mesh_shape", plan.mesh_shape, key.mesh_shape),
+        ("sources", plan.sources, key.sources),
     ):
         if planned != wanted:
             raise ValueError(f"plan was made with {name} {planned!r}, but the key has {name} {wanted!r}")

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm import RowExchange
+from magi_attention.comm import Exchange
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.parts import make_parts
 from magi_attention.planning import RankPlan
 from magi_attention.planning.roll_plan import plan_roll
 from magi_attention.runtime.agreement import Agreement
+from magi_attention.runtime.groups import CpGroup
 from magi_attention.runtime.roll import RollProgram
 
 
@@ -19,7 +20,7 @@ from magi_attention.runtime.roll import RollProgram
 class StageProgram:
     """One stage, ready to run: the rows that travel, and the engine's schedule of what to compute with them."""
 
-    exchange: RowExchange
+    exchange: Exchange
     schedule: Any
 
 
@@ -32,26 +33,29 @@ class RankProgram:
         local: The engine's schedule of the rank's queries and its own keys.
         stages: The remote work, in order.
         blocking: Whether to wait for remote rows before computing anything.
+        rounds_grads: Whether partial gradients of keys travel home in the type of the keys.
     """
 
     engine: Engine
     local: Any
     stages: tuple[StageProgram, ...]
     blocking: bool
+    rounds_grads: bool
 
     @classmethod
-    def prepare(cls, plan: RankPlan, engine: Engine, device: torch.device) -> "RankProgram":
+    def prepare(cls, plan: RankPlan, group: CpGroup, engine: Engine, device: torch.device) -> "RankProgram":
         """Compile a plan's bands into the engine's schedules and copy its routing to ``device``."""
-        rows = plan.dispatch.local_seqlen
+        rows, keys = plan.local_seqlen_q, plan.local_seqlen_k
         parts = make_parts([plan.local_bands, *(stage.bands for stage in plan.stages)], rows)
         stages = tuple(
             StageProgram(
-                RowExchange.on_device(stage.collective, device),
+                group.exchange(stage.collective, device),
                 engine.schedule(stage.bands, rows, stage.collective.num_recv_rows, part),
             )
             for stage, part in zip(plan.stages, parts[1:], strict=True)
         )
-        return cls(engine, engine.schedule(plan.local_bands, rows, rows, parts[0]), stages, plan.blocking)
+        local = engine.schedule(plan.local_bands, rows, keys, parts[0])
+        return cls(engine, local, stages, plan.blocking, plan.config.grad_wire_dtype == "input")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +64,22 @@ class DistAttnRuntime:
 
     Attributes:
         plan: This rank's plan.
-        group: The context-parallel process group.
+        cp_group: The context-parallel process groups.
         programs: The plan made ready, by engine name and device; filled at first use.
         rolls: Shifts made ready, by number of places and device; filled at first use.
         agreements: Checks under way that the ranks agree, one for each time the key was made; settled at first use.
     """
 
     plan: RankPlan
-    group: dist.ProcessGroup
+    cp_group: CpGroup
     programs: dict[tuple[str, torch.device], RankProgram] = field(default_factory=dict)
     rolls: dict[tuple[int, torch.device], RollProgram] = field(default_factory=dict)
     agreements: list[Agreement] = field(default_factory=list)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group of all context-parallel ranks."""
+        return self.cp_group.flat
 
     def settle_agreements(self) -> None:
         """Raise ValueError, on every rank, when the ranks made this key from different masks."""
@@ -82,7 +91,7 @@ class DistAttnRuntime:
         """The plan made ready for an engine and a device."""
         name = (engine.name, device)
         if name not in self.programs:
-            self.programs[name] = RankProgram.prepare(self.plan, engine, device)
+            self.programs[name] = RankProgram.prepare(self.plan, self.cp_group, engine, device)
         return self.programs[name]
 
     def roll(self, shift: int, device: torch.device) -> RollProgram:

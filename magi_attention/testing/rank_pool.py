@@ -1,29 +1,35 @@
-"""RankPool: processes that stay up and run functions over gloo groups, so that distributed tests cost no start-up."""
+"""RankPool: processes that stay up and run functions over process groups: distributed tests without a start-up each."""
 
 import datetime
 import itertools
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+Backend = Literal["gloo", "nccl"]
+
 
 class RankPool:
-    """``max_size`` processes in one gloo world, with a group of the first n ranks for every n.
+    """``max_size`` processes in one world, with a group of the first n ranks for every n.
+
+    With NCCL as the backend each process has a GPU of its own, and gloo for tensors on the CPU.
 
     ``pool.run(function, size, *args)`` calls ``function(rank, group, *args)`` on the first ``size`` ranks and returns
     their results in order. The function must be importable, arguments and results picklable. The processes start at
     the first run, and anew after a run in which a rank raised, since that may have left others in a collective.
     """
 
-    def __init__(self, max_size: int, timeout_seconds: float = 20.0) -> None:
+    def __init__(self, max_size: int, timeout_seconds: float = 20.0, backend: Backend = "gloo") -> None:
         self.max_size = max_size
+        self.backend = backend
         self.timeout_seconds = timeout_seconds
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
@@ -61,8 +67,8 @@ class RankPool:
         store = f"{self._directory.name}/store{next(self._generation)}"
         for rank in range(self.max_size):
             here, there = context.Pipe()
-            args = (rank, self.max_size, store, self.timeout_seconds, there)
-            process = context.Process(target=_serve, args=args, daemon=True)
+            world = _World(rank, self.max_size, store, datetime.timedelta(seconds=self.timeout_seconds), self.backend)
+            process = context.Process(target=_serve, args=(world, there), daemon=True)
             process.start()
             there.close()
             self._connections.append(here)
@@ -77,12 +83,32 @@ class RankPool:
         self._connections, self._processes = [], []
 
 
-def _serve(rank: int, world_size: int, store: str, timeout_seconds: float, connection: Connection) -> None:
+@dataclass(frozen=True)
+class _World:
+    """A process's place in the world, and how to find the others."""
+
+    rank: int
+    size: int
+    store: str
+    timeout: datetime.timedelta
+    backend: Backend
+
+
+def _serve(world: _World, connection: Connection) -> None:
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN, too
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
-    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, world_size + 1)}
+    rank, on_gpu = world.rank, world.backend == "nccl"
+    # Fills uninitialised memory with NaN, too. Not all that tests do on a GPU has a deterministic implementation.
+    torch.use_deterministic_algorithms(True, warn_only=on_gpu)
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=f"file://{world.store}",
+        rank=rank,
+        world_size=world.size,
+        timeout=world.timeout,
+    )
+    groups = {size: dist.new_group(list(range(size)), timeout=world.timeout) for size in range(1, world.size + 1)}
     while True:
         try:
             function, size, args = connection.recv()

@@ -42,10 +42,10 @@ def plot_plan(plan: AttnPlan, path: str | Path, title: str | None = None) -> Non
 
 def draw_mask_by_rank(axes: Axes, plan: AttnPlan) -> None:
     """The mask, each row in the colour of the rank that computes it; darker where more of a block is attended."""
-    total = plan.dispatch.padded_seqlen
+    total, num_keys = plan.dispatch.padded_seqlen, plan.dispatch_k.padded_seqlen
     chunks_a_row = -(-len(plan.dispatch.owner) // 512)
-    block_q, block_k = plan.dispatch.chunk_size * chunks_a_row, -(-total // 512)
-    rows, cols = -(-total // block_q), -(-total // block_k)
+    block_q, block_k = plan.dispatch.chunk_size * chunks_a_row, -(-num_keys // 512)
+    rows, cols = -(-total // block_q), -(-num_keys // block_k)
     areas = block_areas(plan.mask.bands, rows * block_q, cols * block_k, rows, cols)
     share = areas / (block_q * block_k)
     owner = plan.dispatch.owner[::chunks_a_row]
@@ -57,7 +57,7 @@ def draw_mask_by_rank(axes: Axes, plan: AttnPlan) -> None:
         interpolation="nearest",
         aspect="auto",
     )
-    axes.set_xlim(0, total)
+    axes.set_xlim(0, num_keys)
     axes.set_ylim(total, 0)
     axes.set_title("mask, coloured by rank")
     axes.set_xlabel("key")
@@ -81,7 +81,7 @@ def draw_rows(axes: Axes, plan: AttnPlan) -> None:
     """Rows received by each rank, beside what an all-gather would receive."""
     received = plan.routes.rows_received(plan.cp_size)
     axes.bar(np.arange(plan.cp_size), received, color=rank_colors(plan.cp_size))
-    everything = plan.dispatch.local_seqlen * (plan.cp_size - 1)
+    everything = plan.dispatch_k.local_seqlen * (plan.cp_size - 1)
     axes.axhline(everything, color="0.3", linewidth=1, linestyle="--")
     if everything:
         axes.annotate("all-gather or ring", (-0.4, everything), xytext=(0, 3), textcoords="offset points", color="0.3")

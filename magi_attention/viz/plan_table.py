@@ -16,13 +16,13 @@ def plan_table(plan: AttnPlan, ranks: list[RankReport]) -> Table:
     received, as a share of what an all-gather receives, and sent.
     """
     total = max(plan.mask.area, 1)
-    others = plan.dispatch.local_seqlen * (plan.cp_size - 1)
     table = Table(
         title=f"{plan.mask!r}\nover {plan.cp_size} ranks, chunks of {plan.dispatch.chunk_size}", box=SIMPLE_HEAD
     )
     for name in ("rank", "tokens", "area", "/ mean", "local", "received", "/ all", "sent"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in ranks:
+        others = plan.dispatch_k.padded_seqlen - plan.dispatch_k.local_seqlens[r.rank]
         table.add_row(
             str(r.rank),
             f"{r.tokens:,}",
@@ -42,7 +42,7 @@ def rows_table(plan: AttnPlan) -> Table:
     ours = int(plan.routes.rows.sum())
     tolerance = imbalance(plan.work, plan.dispatch.owner, cp_size) - 1
     bound = rows_moved_lower_bound(plan.mask, cp_size, plan.dispatch.chunk_size, tolerance)
-    everything = plan.dispatch.padded_seqlen * (cp_size - 1)
+    everything = plan.dispatch_k.padded_seqlen * (cp_size - 1)
     table = Table(title="rows received, all ranks together", box=SIMPLE_HEAD)
     for name in ("", "rows", "shards a rank"):
         table.add_column(name, justify="right")
@@ -52,5 +52,5 @@ def rows_table(plan: AttnPlan) -> Table:
         ("heap over chunk areas", plan.work.rows_moved(min_heap(plan.work, cp_size))),
         ("all-gather or ring", everything),
     ):
-        table.add_row(name, f"{rows:,}", f"{rows / plan.dispatch.padded_seqlen:.2f}")
+        table.add_row(name, f"{rows:,}", f"{rows / plan.dispatch_k.padded_seqlen:.2f}")
     return table

@@ -192,8 +192,8 @@ def test_bad_masks(local_group: dist.ProcessGroup) -> None:
     with pytest.raises(ValueError, match="total_seqlen_q == total_seqlen_k, not 8 and 16"):
         magi_attn_flex_key([(0, 4)], [(0, 4)], "full", 8, 16, 0, 4, local_group)
     for name in ("is_same_source", "is_q_permutable", "is_k_permutable"):
-        with pytest.raises(ValueError, match=f"{name}=False is not supported"):
-            magi_attn_flex_key([(0, 4)], [(0, 4)], "full", 8, 8, 0, 4, local_group, **{name: False})
+        with pytest.raises(TypeError, match=f"{name} must be True or False, not None"):
+            magi_attn_flex_key([(0, 4)], [(0, 4)], "full", 8, 8, 0, 4, local_group, **{name: None})
 
 
 def test_bad_cu_seqlens(local_group: dist.ProcessGroup) -> None:

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
 from magi_attention.mask import AttnMask
-from magi_attention.testing.dense_oracle import dense_attention, dense_mask
+from magi_attention.testing.dense_oracle import dense_attention, dense_mask, dense_max_logits, dense_scores
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
 
@@ -24,14 +24,19 @@ def inputs(rows: int, keys: int, dtype: torch.dtype = torch.float64) -> list[tor
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def check(mask: AttnMask, **options: float) -> None:
+def a_sink(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.linspace(-1, 2, 4, dtype=dtype).requires_grad_()
+
+
+def check(mask: AttnMask, sink: bool = False, **options: float) -> None:
     q_ranges, k_ranges, codes = ranges_of(mask)
     rows, keys = mask.total_seqlen_q, mask.total_seqlen_k
-    leaves = inputs(rows, keys)
-    out, lse = flex_flash_attn_func(*leaves, q_ranges, k_ranges, attn_type_map=codes, **options)
+    leaves, oracle = ([*inputs(rows, keys), *([a_sink()] if sink else [])] for _ in range(2))
+    q, k, v, *given = leaves
+    options_and_sink = options | ({"sink": given[0]} if sink else {})
+    out, lse = flex_flash_attn_func(q, k, v, q_ranges, k_ranges, attn_type_map=codes, **options_and_sink)
     dense = dense_mask(q_ranges.numpy(), k_ranges.numpy(), codes.numpy(), rows, keys)
-    oracle = inputs(rows, keys)
-    expected, expected_lse = dense_attention(*oracle, dense, **options)
+    expected, expected_lse = dense_attention(*oracle[:3], dense, **options, sink=oracle[3] if sink else None)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-11, atol=1e-11)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
@@ -57,8 +62,35 @@ def test_options() -> None:
     check(named_masks(50)["prefix lm"], softmax_scale=0.3, softcap=2.0)
 
 
+@pytest.mark.parametrize("name", sorted(named_masks(64)))
+def test_sinks(name: str) -> None:
+    check(named_masks(89)[name], sink=True, softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["varlen causal", "holes", "nothing"])
+def test_highest_scores(name: str, dtype: torch.dtype) -> None:
+    mask = named_masks(89)[name]
+    q_ranges, k_ranges, codes = ranges_of(mask)
+    q, k, v = inputs(89, 89, dtype)
+    out, lse, max_logits = flex_flash_attn_func(
+        q, k, v, q_ranges, k_ranges, attn_type_map=codes, softcap=2.0, return_max_logits=True, sink=a_sink(dtype)
+    )
+    assert out.requires_grad and lse.requires_grad and not max_logits.requires_grad
+    expected = dense_max_logits(dense_scores(q.double(), k.double(), mask.to_dense(), softcap=2.0))
+    torch.testing.assert_close(max_logits, expected.to(lse.dtype))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_highest_scores_of_nothing(rows: int) -> None:
+    nothing = torch.zeros(0, 2, dtype=torch.int32)
+    *_, max_logits = flex_flash_attn_func(*inputs(rows, 4), nothing, nothing, return_max_logits=True)
+    assert torch.equal(max_logits, torch.full((4,), -torch.inf, dtype=torch.float64))
+
+
 RANGES = torch.tensor([[0, 5], [5, 9]], dtype=torch.int32)
 CAUSAL = torch.tensor([1, 1], dtype=torch.int32)
+BF16 = torch.bfloat16
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,15 +98,38 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
 
 
 def loss_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor, types: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: torch.Tensor,
+    types: torch.Tensor,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out, lse = flex_flash_attn_func(q, k, v, ranges, ranges, attn_type_map=types)
+    out, lse = flex_flash_attn_func(q, k, v, ranges, ranges, attn_type_map=types, sink=sink)
     return out.square().sum() + lse.sum()
 
 
 @pytest.mark.parametrize("results", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["out", "lse", "both"])
 def test_gradcheck(results: slice) -> None:
     assert torch.autograd.gradcheck(lambda *x: attend(*x)[results], inputs(9, 9))
+
+
+@pytest.mark.parametrize("results", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["out", "lse", "both"])
+def test_gradcheck_with_a_sink(results: slice) -> None:
+    """Query 9 attends nothing."""
+
+    def attend_with_sink(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor) -> object:
+        return flex_flash_attn_func(q, k, v, RANGES, RANGES, attn_type_map=CAUSAL, softcap=3.0, sink=sink)[results]
+
+    assert torch.autograd.gradcheck(attend_with_sink, [*inputs(10, 9), a_sink()])
+
+
+def test_a_sink_alone_has_a_gradient() -> None:
+    sink = a_sink(torch.float32)
+    q, k, v = (x.detach() for x in inputs(9, 9, torch.bfloat16))
+    out, lse = flex_flash_attn_func(q, k, v, RANGES, RANGES, sink=sink)
+    (out.float().sum() + lse.sum()).backward()
+    assert sink.grad.dtype == torch.float32 and sink.grad.all()
 
 
 def test_no_type_map_means_full() -> None:
@@ -127,9 +182,9 @@ def test_without_gradients() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(use_reentrant: bool) -> None:
-    plain, recomputed = inputs(9, 9), inputs(9, 9)
-    loss_of(*plain, RANGES, CAUSAL).backward()
-    checkpoint(loss_of, *recomputed, RANGES, CAUSAL, use_reentrant=use_reentrant).backward()
+    plain, recomputed = ([*inputs(9, 9), a_sink()] for _ in range(2))
+    loss_of(*plain[:3], RANGES, CAUSAL, plain[3]).backward()
+    checkpoint(loss_of, *recomputed[:3], RANGES, CAUSAL, recomputed[3], use_reentrant=use_reentrant).backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
 
 
@@ -174,6 +229,15 @@ def test_bad_options() -> None:
     refuse(ValueError, "engine='triton' was asked for, but triton runs on GPUs", engine="triton")
     refuse(TypeError, "engine must be a name", engine=1)
     refuse(ValueError, "sm_margin must not be negative", sm_margin=-1)
+
+
+def test_bad_sinks() -> None:
+    refuse(TypeError, "sink must be a torch.Tensor or None, not list", sink=[0.0] * 4)
+    refuse(TypeError, "sink must be float32 or of the dtype of q, torch.float64, got torch.bfloat16", sink=a_sink(BF16))
+    refuse(ValueError, r"sink must have shape \(4,\), one score for each head of q, got \(2,\)", sink=a_sink()[:2])
+    refuse(ValueError, r"sink must have shape \(4,\).*got \(4, 1\)", sink=a_sink()[:, None])
+    refuse(ValueError, "sink must be on the device of q, cpu, but is on meta", sink=a_sink().to("meta"))
+    refuse(TypeError, "return_max_logits must be True or False, got 1", return_max_logits=1)
 
 
 def test_bad_tensors() -> None:

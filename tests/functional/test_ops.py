@@ -12,7 +12,12 @@ from magi_attention.functional.ops import backward_op, forward_op
 
 RANGES = torch.tensor([[0, 5], [5, 9]], dtype=torch.int32)
 TYPES = torch.tensor([1, 0], dtype=torch.int32)
-OPTIONS = (None, 9, 0.3, 2.0, False, 0, None)
+OPTIONS = (None, 9, 0.3, 2.0, False, 0, False, None)
+WITH_MAX = (*OPTIONS[:-2], True, None)
+
+
+def a_sink(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.linspace(-1, 2, 4, dtype=dtype).requires_grad_()
 
 
 def inputs(rows: int = 9, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -21,16 +26,40 @@ def inputs(rows: int = 9, dtype: torch.dtype = torch.float64) -> list[torch.Tens
 
 
 def loss_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor, types: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: torch.Tensor,
+    types: torch.Tensor | None,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out, lse = flex_flash_attn_func(q * 2, k, v, ranges, ranges, attn_type_map=types, softcap=3.0)
+    out, lse = flex_flash_attn_func(q * 2, k, v, ranges, ranges, attn_type_map=types, softcap=3.0, sink=sink)
     return out.square().sum() + (lse.masked_fill(torch.isinf(lse), 0) * 0.5).sum()
 
 
+def loss_with_sink(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor,
+    ranges: torch.Tensor,
+    types: torch.Tensor | None,
+) -> torch.Tensor:
+    """Also asks for the highest scores, which change nothing of the gradients."""
+    out, lse, max_logits = flex_flash_attn_func(
+        q * 2, k, v, ranges, ranges, attn_type_map=types, sink=sink * 2, return_max_logits=True
+    )
+    return out.square().sum() + lse.square().sum() * max_logits.sum()
+
+
 def gradients(
-    function: Callable[..., torch.Tensor], rows: int, ranges: torch.Tensor, types: torch.Tensor | None
+    function: Callable[..., torch.Tensor],
+    rows: int,
+    ranges: torch.Tensor,
+    types: torch.Tensor | None,
+    *sink: torch.Tensor,
 ) -> list[torch.Tensor]:
-    leaves = inputs(rows)
+    leaves = [*inputs(rows), *sink]
     loss = function(*leaves, ranges, types)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
@@ -47,6 +76,18 @@ def test_compiled_without_a_graph_break(backend: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_with_a_sink_and_highest_scores(backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(loss_with_sink, fullgraph=True, backend=backend)
+    for rows, ranges in ((9, RANGES), (12, RANGES + 2)):
+        ours, eager = (gradients(f, rows, ranges, TYPES, a_sink()) for f in (compiled, loss_with_sink))
+        assert len(ours) == 5
+        for actual, expected in zip(ours, eager, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_mistake_in_a_compiled_call_is_the_same_error() -> None:
     torch.compiler.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
@@ -57,15 +98,22 @@ def test_a_mistake_in_a_compiled_call_is_the_same_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("types", [TYPES, None], ids=["types", "all full"])
 def test_forward_operator(dtype: torch.dtype, types: torch.Tensor | None) -> None:
-    opcheck(forward_op, (*inputs(dtype=dtype), RANGES, RANGES, types, *OPTIONS))
+    opcheck(forward_op, (*inputs(dtype=dtype), None, RANGES, RANGES, types, *OPTIONS))
 
 
+@pytest.mark.parametrize("sink", [None, a_sink(torch.float32), a_sink(torch.bfloat16).detach()])
+def test_forward_operator_with_a_sink_and_highest_scores(sink: torch.Tensor | None) -> None:
+    opcheck(forward_op, (*inputs(dtype=torch.bfloat16), sink, RANGES, RANGES, TYPES, *WITH_MAX))
+
+
+@pytest.mark.parametrize("sink", [None, a_sink().detach()], ids=["no sink", "sink"])
 @pytest.mark.parametrize("missing", [None, 0, 1])
-def test_backward_operator(missing: int | None) -> None:
+def test_backward_operator(missing: int | None, sink: torch.Tensor | None) -> None:
     q, k, v = (x.detach() for x in inputs())
-    out, lse = forward_op(q, k, v, RANGES, RANGES, TYPES, *OPTIONS)
+    mask = RANGES, RANGES, TYPES
+    out, lse, _ = forward_op(q, k, v, sink, *mask, *OPTIONS)
     grads = [None if n == missing else torch.ones_like(x) for n, x in enumerate((out, lse))]
-    opcheck(backward_op, (*grads, out, lse, q, k, v, RANGES, RANGES, TYPES, *OPTIONS))
+    opcheck(backward_op, (*grads, out, lse, q, k, v, sink, *mask, *OPTIONS))
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -101,6 +149,7 @@ def test_without_gradients() -> None:
             assert not loss_of(q, k, v, RANGES, TYPES).requires_grad
     assert not loss_of(q.detach(), k.detach(), v.detach(), RANGES, TYPES).requires_grad
     assert loss_of(q.detach(), k.detach(), v, RANGES, TYPES).requires_grad
+    assert loss_of(q.detach(), k.detach(), v.detach(), RANGES, TYPES, a_sink()).requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

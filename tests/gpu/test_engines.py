@@ -71,6 +71,38 @@ def test_softcap(engine: Engine, name: str) -> None:
     check_bound(run_engine(engine, problem), problem)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
+@pytest.mark.parametrize("name", ["causal", "varlen causal", "several intervals a row", "holes", "nothing"])
+def test_sinks_and_highest_scores(engine: Engine, name: str, softcap: float) -> None:
+    problem = problem_on_gpu(engine, named_masks(1024)[name], softcap=softcap).with_sink(torch.float32)
+    check_bound(run_engine(engine, problem), problem)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads"),
+    [
+        (torch.bfloat16, 128, (8, 1)),
+        (torch.float16, 96, (3, 3)),
+        (torch.bfloat16, 256, (6, 2)),
+        (torch.float32, 64, (6, 2)),
+    ],
+)
+def test_a_sink_or_highest_scores_alone(
+    engine: Engine, dtype: torch.dtype, head_dim: int, heads: tuple[int, int]
+) -> None:
+    problem = problem_on_gpu(engine, named_masks(1024)["varlen sliding window causal"], heads, head_dim, dtype)
+    both = problem.with_sink()
+    for alone in (replace(problem, sink=both.sink), replace(problem, params=both.params)):
+        # There are few gradients of sinks and few highest scores: float32 can be exact by chance.
+        check_bound(run_engine(engine, alone), alone, run_dense(alone, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0)])
+def test_sinks_without_rows_or_keys(engine: Engine, rows: int, keys: int) -> None:
+    problem = problem_on_gpu(engine, AttnMask.from_slices([], [], "full", rows, keys)).with_sink()
+    check_bound(run_engine(engine, problem), problem)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_generated_masks(engine: Engine, data: st.DataObject) -> None:
@@ -180,10 +212,12 @@ def test_any_strides(engine: Engine) -> None:
         check_bound(run_engine(engine, moved), problem)
 
 
+@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("bounds", [[300], [0, 64, 700]])
-@pytest.mark.parametrize("name", ["causal", "varlen causal", "several intervals a row"])
-def test_parts_of_the_keys(engine: Engine, name: str, bounds: list[int]) -> None:
+@pytest.mark.parametrize("name", ["causal", "varlen causal", "several intervals a row", "holes"])
+def test_parts_of_the_keys(engine: Engine, name: str, bounds: list[int], sink: bool) -> None:
     problem = problem_on_gpu(engine, named_masks(1024)[name])
+    problem = problem.with_sink() if sink else problem
     check_bound(run_in_parts(engine, problem, bounds), problem)
 
 
@@ -210,7 +244,7 @@ def test_a_gradient_that_is_not_there_is_zero(engine: Engine, name: str) -> None
 
 
 def test_deterministic_results_repeat_bit_by_bit(engine: Engine) -> None:
-    problem = problem_on_gpu(engine, named_masks(1024)["varlen causal"], heads=(8, 1), head_dim=128)
+    problem = problem_on_gpu(engine, named_masks(1024)["varlen causal"], heads=(8, 1), head_dim=128).with_sink()
     problem.params = replace(problem.params, deterministic=True)
     first, *others = (run_engine(engine, problem) for _ in range(5))
     check_bound(first, problem)
@@ -224,11 +258,13 @@ def test_some_multiprocessors_left_to_others(engine: Engine) -> None:
 
 
 def functional(problem: Problem, engine: Engine, ranges: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """``NAMES`` by the public function."""
-    leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    q_ranges, k_ranges, types = ranges
-    out, lse = flex_flash_attn_func(*leaves, q_ranges, k_ranges, attn_type_map=types, engine=engine.name)
-    return [out, lse, *torch.autograd.grad((out, lse), leaves, (problem.dout, problem.dlse))]
+    """All of ``NAMES`` by the public function."""
+    leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v, problem.sink)]
+    (q, k, v, sink), (q_ranges, k_ranges, types) = leaves, ranges
+    out, lse, max_logits = flex_flash_attn_func(
+        q, k, v, q_ranges, k_ranges, attn_type_map=types, engine=engine.name, sink=sink, return_max_logits=True
+    )
+    return [out, lse, *torch.autograd.grad((out, lse), leaves, (problem.dout, problem.dlse)), max_logits]
 
 
 def ranges_of(mask: AttnMask) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +274,9 @@ def ranges_of(mask: AttnMask) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_no_host_synchronisation_in_the_steady_state(engine: Engine) -> None:
-    problem = problem_on_gpu(engine, named_masks(1024)["varlen causal"])
+    if engine.name == "reference":
+        pytest.skip("it copies its tables at every call, which waits: it is no engine to train with on a GPU")
+    problem = problem_on_gpu(engine, named_masks(1024)["varlen causal"]).with_sink(torch.float32)
     ranges = ranges_of(problem.mask)
     functional(problem, engine, ranges)
     torch.cuda.set_sync_debug_mode("error")

@@ -10,16 +10,17 @@ from torch import Tensor
 from magi_attention.kernels import reference
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.parts import make_parts
+from magi_attention.kernels.parts import State, make_parts
+from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import relocate
-from magi_attention.testing.dense_oracle import dense_attention
+from magi_attention.testing.dense_oracle import dense_attention, dense_max_logits, dense_scores
 from magi_attention.testing.error_bound import assert_close_to_oracle
 
 
 @dataclass
 class Problem:
-    """q, k, v, the gradients of the outputs, the mask and the parameters."""
+    """q, k, v, the gradients of the outputs, the mask and the parameters, and maybe a sink."""
 
     mask: AttnMask
     q: Tensor
@@ -28,6 +29,7 @@ class Problem:
     dout: Tensor
     dlse: Tensor
     params: AttnParams
+    sink: Tensor | None = None
 
     @classmethod
     def random(
@@ -51,22 +53,38 @@ class Problem:
         dlse = normal(heads_q, rows).to(torch.float64 if dtype == torch.float64 else torch.float32)
         return cls(mask, q, k, v, dout, dlse, AttnParams(head_dim**-0.5, softcap), **options)
 
+    def with_sink(self, dtype: torch.dtype | None = None) -> "Problem":
+        """The same with a sink, in the type of ``q`` if no other is given, and asking for the highest scores.
+
+        The sinks are from as high as one score to as high as many together.
+        """
+        sink = torch.linspace(-1, 4, self.q.shape[1], device=self.q.device)
+        params = replace(self.params, return_max_logits=True)
+        return replace(self, params=params, sink=sink.to(dtype or self.q.dtype))
+
     def cast(self, dtype: torch.dtype) -> "Problem":
         """The same numbers in another type that holds them."""
         return replace(self, **{name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "dout")})
 
 
-NAMES = ("out", "lse", "dq", "dk", "dv")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsink", "max_logits")
+"""What attention gives. The gradient of the sink is there where there is one, the highest scores if asked for."""
+
+
+def names_of(problem: Problem) -> list[str]:
+    """Those of ``NAMES`` that a problem has."""
+    lacking = {"dsink": problem.sink is None, "max_logits": not problem.params.return_max_logits}
+    return [name for name in NAMES if not lacking.get(name)]
 
 
 def run_engine(engine: Engine, problem: Problem) -> list[Tensor]:
     """``NAMES`` by an engine, in the types in which users get them."""
     p = problem
     schedule = engine.schedule(p.mask.bands, len(p.q), len(p.k))
-    out, lse, _ = engine.forward(p.q, p.k, p.v, schedule, p.params)
-    grads = engine.start_backward(out, p.dout, lse, p.dlse, p.params)
-    dk, dv = engine.backward(grads, p.q, p.k, p.v, schedule, p.params, p.k.dtype)
-    return [out, lse, engine.finish_backward(grads, p.params, p.q.dtype), dk, dv]
+    state = engine.forward(p.q, p.k, p.v, schedule, p.params, sink=p.sink)
+    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params)
+    key_grads = engine.backward(grads, p.q, p.k, p.v, schedule, p.params, p.k.dtype)
+    return _results(engine, problem, state, grads, key_grads)
 
 
 def run_in_parts(engine: Engine, problem: Problem, bounds: list[int]) -> list[Tensor]:
@@ -81,26 +99,38 @@ def run_in_parts(engine: Engine, problem: Problem, bounds: list[int]) -> list[Te
     ]
     state = None
     for k, v, schedule in parts:
-        after = engine.forward(p.q, k, v, schedule, p.params, state)
+        after = engine.forward(p.q, k, v, schedule, p.params, state, p.sink)
         assert state is None or all(a is b for a, b in zip(after, state, strict=True)), "parts are added in place"
         state = after
     assert state is not None
-    out, lse, _ = state
-    grads = engine.start_backward(out, p.dout, lse, p.dlse, p.params)
+    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params)
     shares = [engine.backward(grads, p.q, k, v, schedule, p.params) for k, v, schedule in parts]
     dk, dv = (torch.cat(x).to(p.k.dtype) for x in zip(*shares, strict=True))
-    return [out, lse, engine.finish_backward(grads, p.params, p.q.dtype), dk, dv]
+    return _results(engine, problem, state, grads, (dk, dv))
+
+
+def _results(
+    engine: Engine, problem: Problem, state: State, grads: QueryGrads, key_grads: tuple[Tensor, Tensor]
+) -> list[Tensor]:
+    params = problem.params
+    max_logits = [state.max_logits()] if params.return_max_logits else []
+    dsink = [] if problem.sink is None else [engine.sink_grad(grads, problem.sink, params)]
+    dq = engine.finish_backward(grads, params, problem.q.dtype)
+    return [state.out, state.lse, dq, *key_grads, *dsink, *max_logits]
 
 
 def run_dense(problem: Problem, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """``NAMES`` by the plain formula in ``dtype``."""
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v))
-    params = problem.params
-    out, lse = dense_attention(q, k, v, problem.mask.to_dense(), params.softmax_scale, params.softcap)
+    given = [problem.q, problem.k, problem.v, *([] if problem.sink is None else [problem.sink])]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    q, k, v, *sink = leaves
+    how = problem.mask.to_dense(), problem.params.softmax_scale, problem.params.softcap
+    out, lse = dense_attention(q, k, v, *how, *sink)
     alive = torch.isfinite(lse)
     loss = (out * problem.dout.to(dtype)).sum() + (lse.masked_fill(~alive, 0.0) * problem.dlse.to(lse.dtype)).sum()
-    grads = torch.autograd.grad(loss, (q, k, v))
-    return [out.detach(), lse.detach(), *grads]
+    grads = torch.autograd.grad(loss, leaves)
+    max_logits = [dense_max_logits(dense_scores(q, k, *how))] if problem.params.return_max_logits else []
+    return [out.detach(), lse.detach(), *grads, *max_logits]
 
 
 def plain_results(problem: Problem) -> list[Tensor]:

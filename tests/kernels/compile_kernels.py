@@ -53,6 +53,7 @@ class Case:
         softcap: See :class:`~magi_attention.kernels.params.AttnParams`.
         mask: Of ``TOKENS`` queries and keys.
         parts: Whether keys come in parts, so that results are float32 and are merged.
+        sink: Whether there is a sink, and the highest scores are asked for.
         capability: Of the GPU, times ten.
     """
 
@@ -62,6 +63,7 @@ class Case:
     softcap: float = 0.0
     mask: AttnMask = CAUSAL
     parts: bool = False
+    sink: bool = False
     capability: int = 90
 
 
@@ -72,6 +74,8 @@ HOPPER_CASES = {
     "128, layered": Case(128, mask=LAYERED),
     "128, fp16, odd group, softcap": Case(128, HALF, 3, 30.0),
     "128, parts": Case(128, parts=True),
+    "128, sink": Case(128, sink=True),
+    "128, parts, sink": Case(128, parts=True, sink=True),
     "64, fp16, softcap, layered, parts": Case(64, HALF, 6, 30.0, LAYERED, parts=True),
     "96, odd group, softcap, layered, parts": Case(96, torch.bfloat16, 3, 30.0, LAYERED, parts=True),
 }
@@ -79,6 +83,7 @@ TRITON_CASES = {
     "64": Case(64, group=8, parts=True),
     "128": Case(128, group=8, parts=True),
     "256": Case(256, group=8, parts=True),
+    "128, sink": Case(128, group=8, parts=True, sink=True),
     "96, fp16, softcap, layered": Case(96, HALF, 8, 30.0, LAYERED, parts=True),
 }
 CASES = {
@@ -128,20 +133,23 @@ class NoDriver:
 
 
 def compile_case(engine: str, name: str) -> list[Compiled]:
-    """Call all functions of an engine."""
+    """Call all functions of an engine, of which those of the backward pass are the same with a sink."""
     module, case = {"hopper": hopper, "triton": by_tiles}[engine], CASES[engine][name]
     heads_kv = 2
     q, dout = (torch.zeros(TOKENS, heads_kv * case.group, case.head_dim, dtype=case.dtype) for _ in range(2))
     k, v = (torch.zeros(TOKENS, heads_kv, case.head_dim, dtype=case.dtype) for _ in range(2))
-    params = AttnParams(1.0, case.softcap)
+    params = AttnParams(1.0, case.softcap, return_max_logits=case.sink)
+    sink = torch.zeros(heads_kv * case.group) if case.sink else None
     part = Part(np.ones(TOKENS, np.bool_)) if case.parts else None
     schedule = module.schedule(case.mask.bands, TOKENS, TOKENS, part)
     dtype = None if case.parts else case.dtype
     with compile_launches(name, case.capability) as compiled:
-        state = module.forward(q, k, v, schedule, params)
+        state = module.forward(q, k, v, schedule, params, sink=sink)
         if case.parts:
             module.forward(q, k, v, schedule, params, state)
-        out, lse, _ = state
+        if case.sink:
+            return compiled
+        out, lse = state.out, state.lse
         grads = module.start_backward(out, dout, lse, lse, params)
         module.backward(grads, q, k, v, schedule, params, dtype)
         if not case.parts:  # the hopper engine has another kernel for windows that have the same number of tiles

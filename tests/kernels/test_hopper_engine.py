@@ -94,6 +94,27 @@ def test_softcap(engine: EmulatedEngine, name: str, heads: tuple[int, int]) -> N
     check_bound(run_engine(engine, problem), problem)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
+@pytest.mark.parametrize("name", ["varlen causal", SEVERAL, "holes", "nothing"])
+def test_sinks_and_highest_scores(engine: EmulatedEngine, name: str, heads: tuple[int, int], softcap: float) -> None:
+    problem = make_problem(named_masks(260)[name], heads, softcap=softcap).with_sink(torch.float32)
+    check_bound(run_engine(engine, problem), problem)
+
+
+def test_a_sink_or_highest_scores_alone(engine: EmulatedEngine) -> None:
+    problem = make_problem(named_masks(260)["varlen causal"], (3, 1), 128)
+    both = problem.with_sink()
+    for alone in (replace(problem, sink=both.sink), replace(problem, params=both.params)):
+        check_bound(run_engine(engine, alone), alone)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0)])
+def test_sinks_without_rows_or_keys(engine: EmulatedEngine, rows: int, keys: int) -> None:
+    problem = make_problem(AttnMask.from_slices([], [], "full", rows, keys)).with_sink()
+    check_bound(run_engine(engine, problem), problem)
+
+
 @pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
 @pytest.mark.parametrize("rows", [61, 63, 64, 65, 127, 129, 130])
 def test_lengths_around_tile_edges(engine: EmulatedEngine, rows: int, heads: tuple[int, int]) -> None:
@@ -122,10 +143,12 @@ def test_documents_of_length_one(engine: EmulatedEngine) -> None:
     assert torch.equal(results[0], problem.v), "attention to one key is its value"
 
 
+@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("bounds", [[100], [0, 64, 190]])
 @pytest.mark.parametrize("name", ["causal", SEVERAL, "holes"])
-def test_parts_of_the_keys(engine: EmulatedEngine, name: str, bounds: list[int]) -> None:
+def test_parts_of_the_keys(engine: EmulatedEngine, name: str, bounds: list[int], sink: bool) -> None:
     problem = make_problem(named_masks(230)[name], head_dim=64 if name == "causal" else 128)
+    problem = problem.with_sink() if sink else problem
     check_bound(run_in_parts(engine, problem, bounds), problem)
 
 
@@ -137,9 +160,10 @@ def test_what_keys_add_nothing_to_is_kept_to_the_bit(engine: EmulatedEngine) -> 
     begun, sums = torch.randn(2, 200), torch.randn(200, 2, 64)
     begun[:, 80:100] = -torch.inf
     before = State(torch.randn(200, 2, 64).bfloat16(), begun, sums)
-    state = State(*(x.clone() for x in before))
+    state = State(before.out.clone(), before.lse.clone(), sums.clone())
     engine.forward(problem.q, problem.k, problem.v, schedule, problem.params, state)
-    alone, lse_alone, _ = engine.forward(problem.q, problem.k, problem.v, replace(schedule, part=None), problem.params)
+    whole = replace(schedule, part=None)
+    alone, lse_alone, *_ = engine.forward(problem.q, problem.k, problem.v, whole, problem.params)
     weight = torch.sigmoid(lse_alone - before.lse).T.unsqueeze(2)
     merged = torch.lerp(sums, alone.float(), weight)
     merged[80:90] = alone[80:90].float()

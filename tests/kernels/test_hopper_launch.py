@@ -4,6 +4,7 @@ Kernels are compiled for an H100, nothing runs.
 """
 
 import importlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels import hopper
 from magi_attention.kernels.hopper.launcher import Tiles, _kind
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.parts import State
+from magi_attention.kernels.parts import State, make_parts
+from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.mask_zoo import named_masks
 
@@ -92,7 +94,7 @@ def run(mask: AttnMask, inputs: list[torch.Tensor], params: AttnParams = AttnPar
     """Forward and backward, as one part of the keys and merged into the result over others."""
     q, k, v = inputs
     schedule = hopper.schedule(mask.bands, mask.total_seqlen_q, mask.total_seqlen_k)
-    out, lse, _ = hopper.forward(q, k, v, schedule, params)
+    out, lse, *_ = hopper.forward(q, k, v, schedule, params)
     hopper.forward(q, k, v, schedule, params, State(out, lse, out.float()))
     grads = hopper.start_backward(out, q, lse, None, params)
     hopper.backward(grads, q, k, v, schedule, params, BF16)
@@ -152,6 +154,46 @@ def test_items_of_one_query_head_where_windows_are_uneven(driver: FakeCudaDriver
         assert finish.arguments["dq"] is grad and finish.arguments["scale"] == 1.0
 
 
+def test_a_sink_and_highest_scores(driver: FakeCudaDriver) -> None:
+    q, k, v = make_inputs(300)
+    sink = torch.arange(4.0).bfloat16().requires_grad_()
+    ranges = torch.tensor([[0, 300]], dtype=torch.int32)
+    out, lse, max_logits = flex_flash_attn_func(
+        q, k, v, ranges, ranges, sink=sink, return_max_logits=True, engine="hopper"
+    )
+    results = last(driver, "forward_kernel").arguments["out"]
+    assert results.sink.dtype == torch.float32 and torch.equal(results.sink, sink.detach().float())
+    assert results.row_max.shape == lse.shape == (4, results.lse_stride) and max_logits.shape == (4,)
+    (dsink,) = torch.autograd.grad(out, sink, torch.ones_like(out))
+    assert dsink.dtype == sink.dtype and dsink.shape == sink.shape
+
+    flex_flash_attn_func(q, k, v, ranges, ranges, engine="hopper")
+    without = last(driver, "forward_kernel").arguments["out"]
+    assert without.sink is without.row_max is None
+
+
+def test_a_sink_counts_once(driver: FakeCudaDriver) -> None:
+    q, k, v = make_inputs(75)
+    bands = [builders.causal(75).bands] * 2
+    parts = [hopper.schedule(bands[0], 75, 75, part) for part in make_parts(bands, 75)]
+    state, sink, params = None, torch.zeros(4), AttnParams(1.0, return_max_logits=True)
+    for schedule in parts:
+        state = hopper.forward(q, k, v, schedule, params, state, sink)
+    first, later = (launch.arguments["out"] for launch in driver.launches)
+    assert first.sink is sink and later.sink is None
+    assert first.row_max is later.row_max is state.row_max
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradient_of_a_sink_from_the_terms_of_either_backward_pass(deterministic: bool) -> None:
+    """The deterministic one has the terms of the triton engine; of the other they are negative."""
+    lse, delta, sink = torch.randn(4, 75), torch.randn(4, 75), torch.linspace(-1, 2, 4)
+    sign = 1 if deterministic else -1
+    grads = QueryGrads(lse, sign * lse / math.log(2), sign * delta, lse)
+    dsink = hopper.sink_grad(grads, sink, AttnParams(1.0, deterministic=deterministic))
+    torch.testing.assert_close(dsink, -(torch.exp(sink[:, None] - lse) * delta).sum(1))
+
+
 def test_other_masks_and_lengths_compile_nothing(h100: FakeCudaDriver) -> None:
     """Numbers of windows, items and tokens that are 1, multiples of 16, and neither; compiled for the first."""
     for first in (1, 2048, 1000):
@@ -183,7 +225,7 @@ def test_strides_that_are_no_multiples_of_16(driver: FakeCudaDriver) -> None:
     schedule, params = hopper.schedule(builders.causal(75).bands, 75, 75), AttnParams(1.0)
     for heads in (2, 1, 2):
         q, k, v = make_inputs(75, (heads, heads), 8)
-        out, lse, _ = hopper.forward(q, k, v, schedule, params)
+        out, lse, *_ = hopper.forward(q, k, v, schedule, params)
         assert last(driver, "forward_kernel").arguments["out"].rows.token_stride == heads * 8
         hopper.start_backward(out, q, lse, None, params)
         assert last(driver, "start_kernel").arguments["dout"].token_stride == heads * 8

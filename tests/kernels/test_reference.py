@@ -16,13 +16,13 @@ from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
 
-from .attention import NAMES, Problem, check_bound, run_dense, run_engine, run_in_parts
+from .attention import Problem, check_bound, names_of, run_dense, run_engine, run_in_parts
 
 ENGINE = reference
 
 
 def check_fp64(problem: Problem) -> None:
-    for name, actual, expected in zip(NAMES, run_engine(ENGINE, problem), run_dense(problem), strict=True):
+    for name, actual, expected in zip(names_of(problem), run_engine(ENGINE, problem), run_dense(problem), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -68,10 +68,57 @@ def test_scores_far_below_the_highest() -> None:
     check_fp64(problem)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("name", sorted(named_masks(64)))
+def test_sinks_and_highest_scores(name: str, softcap: float) -> None:
+    check_fp64(Problem.random(named_masks(301)[name], softcap=softcap).with_sink())
+
+
+@settings(max_examples=100, deadline=None)
+@given(masks(max_seqlen=70), st.sampled_from([(1, 1), (3, 3), (4, 1), (6, 2)]))
+def test_sinks_and_highest_scores_of_generated_masks(mask: AttnMask, heads: tuple[int, int]) -> None:
+    check_fp64(Problem.random(mask, heads=heads, head_dim=4).with_sink())
+
+
+@pytest.mark.parametrize("sink_dtype", [torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_types_of_sinks(dtype: torch.dtype, sink_dtype: torch.dtype | None) -> None:
+    problem = Problem.random(named_masks(200)["holes"], dtype=dtype, head_dim=32).with_sink(sink_dtype)
+    results = run_engine(ENGINE, problem)
+    check_bound(results, problem, run_dense(problem, dtype))
+    assert results[5].dtype == (sink_dtype or dtype)
+
+
+def test_a_query_that_attends_nothing_has_its_sink() -> None:
+    problem = Problem.random(AttnMask.from_slices([], [], "full", 5, 7)).with_sink()
+    out, lse, dq, dk, dv, dsink, max_logits = run_engine(ENGINE, problem)
+    assert torch.equal(lse, problem.sink[:, None].expand(4, 5)) and torch.isneginf(max_logits).all()
+    torch.testing.assert_close(dsink, problem.dlse.sum(1), rtol=1e-14, atol=0)
+    assert not any(x.any() for x in (out, dq, dk, dv))
+
+
+def test_sinks_far_below_and_above_all_scores() -> None:
+    problem = Problem.random(named_masks(60)["holes"]).with_sink()
+    problem.sink.copy_(torch.tensor([-800.0, -40.0, 40.0, 800.0]))
+    check_fp64(problem)
+
+
+def test_a_sink_of_minus_infinity_is_none() -> None:
+    problem = Problem.random(named_masks(60)["holes"]).with_sink()
+    problem.sink.fill_(-torch.inf)
+    out, lse, dq, dk, dv, dsink, _ = run_engine(ENGINE, problem)
+    problem.sink = None
+    for actual, expected in zip((out, lse, dq, dk, dv), run_engine(ENGINE, problem), strict=False):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert not dsink.any()
+
+
+@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("bounds", [[115], [0, 70, 71]])
 @pytest.mark.parametrize("name", ["varlen causal", "holes", "prefix tree"])
-def test_parts_of_the_keys(name: str, bounds: list[int]) -> None:
+def test_parts_of_the_keys(name: str, bounds: list[int], sink: bool) -> None:
     problem = Problem.random(named_masks(230)[name])
+    problem = problem.with_sink() if sink else problem
     for actual, expected in zip(run_in_parts(ENGINE, problem, bounds), run_dense(problem), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
@@ -123,7 +170,7 @@ torch.set_num_threads(1)
 q = torch.randn(32768, 1, 16)
 schedule = reference.schedule(builders.sliding_window(32768, (255, 0)).bands, 32768, 32768)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out, lse, _ = reference.forward(q, q, q, schedule, AttnParams(0.25))
+out, lse, *_ = reference.forward(q, q, q, schedule, AttnParams(0.25))
 grads = reference.start_backward(out, out, lse, None, AttnParams(0.25))
 reference.backward(grads, q, q, q, schedule, AttnParams(0.25))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -141,8 +188,8 @@ def test_result_types() -> None:
     problem = Problem.random(builders.causal(40), dtype=torch.bfloat16)
     q, k, v, params = problem.q, problem.k, problem.v, problem.params
     schedule = ENGINE.schedule(problem.mask.bands, 40, 40)
-    wide, wide_lse, _ = ENGINE.forward(q.float(), k.float(), v.float(), schedule, params)
-    narrow, lse, _ = ENGINE.forward(q, k, v, schedule, params)
+    wide, wide_lse, *_ = ENGINE.forward(q.float(), k.float(), v.float(), schedule, params)
+    narrow, lse, *_ = ENGINE.forward(q, k, v, schedule, params)
     assert wide.dtype == lse.dtype == torch.float32
     assert torch.equal(narrow, wide.bfloat16()) and torch.equal(wide_lse, lse)
     grads = [ENGINE.start_backward(narrow, problem.dout, lse, problem.dlse, params) for _ in range(2)]
@@ -171,6 +218,7 @@ def test_a_gradient_that_is_not_there_is_zero(name: str) -> None:
         (dict(softmax_scale=1.0, softcap=-1.0), ValueError),
         (dict(softmax_scale=1.0, softcap=True), TypeError),
         (dict(softmax_scale=1.0, deterministic=1), TypeError),
+        (dict(softmax_scale=1.0, return_max_logits=None), TypeError),
         (dict(softmax_scale=1.0, sm_margin=-1), ValueError),
         (dict(softmax_scale=1.0, sm_margin=0.5), TypeError),
     ],

@@ -15,8 +15,9 @@ from magi_attention.config import (
     OverlapConfig,
 )
 from magi_attention.mask import AttnMask
-from magi_attention.planning import AttnPlan, RankPlan, plan_attention
+from magi_attention.planning import AttnPlan, RankPlan, Sources, compute_pad_size, plan_attention
 from magi_attention.planning.load_balance import imbalance, min_heap
+from magi_attention.planning.sources import SELF_ATTENTION
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
 
@@ -55,13 +56,13 @@ def cells_of(bands: np.ndarray, rows: np.ndarray, keys: np.ndarray, shape: tuple
 
 
 def check_every_cell_is_computed_once(mask: AttnMask, plan: AttnPlan, ranks: list[RankPlan]) -> None:
-    padded = plan.dispatch.padded_seqlen
-    total = np.zeros((padded, padded), np.int64)
+    total = np.zeros((plan.dispatch.padded_seqlen, plan.dispatch_k.padded_seqlen), np.int64)
     for rank in ranks:
-        own = rows_of(plan.dispatch.runs(rank.rank))
-        mine = cells_of(rank.local_bands, own, own, total.shape)
+        queries, keys = rows_of(plan.dispatch.runs(rank.rank)), rows_of(plan.dispatch_k.runs(rank.rank))
+        assert (len(queries), len(keys)) == (rank.local_seqlen_q, rank.local_seqlen_k)
+        mine = cells_of(rank.local_bands, queries, keys, total.shape)
         for stage in rank.stages:
-            mine += cells_of(stage.bands, own, rows_of(stage.runs), total.shape)
+            mine += cells_of(stage.bands, queries, rows_of(stage.runs), total.shape)
         assert rank.area == mine.sum()
         total += mine
     expected = np.zeros_like(total)
@@ -71,12 +72,12 @@ def check_every_cell_is_computed_once(mask: AttnMask, plan: AttnPlan, ranks: lis
 
 def check_rows_travel_only_where_attended(mask: AttnMask, plan: AttnPlan, ranks: list[RankPlan]) -> None:
     """A row is received iff the rank attends it and does not own it, in one stage, and it is that row that arrives."""
-    padded, local = plan.dispatch.padded_seqlen, plan.dispatch.local_seqlen
-    attended = np.zeros((padded, padded), bool)
+    attended = np.zeros((plan.dispatch.padded_seqlen, plan.dispatch_k.padded_seqlen), bool)
     attended[: mask.total_seqlen_q, : mask.total_seqlen_k] = mask.to_dense()
-    own = [rows_of(plan.dispatch.runs(r.rank)) for r in ranks]
+    own = [rows_of(plan.dispatch_k.runs(r.rank)) for r in ranks]
     for rank in ranks:
-        wanted = np.setdiff1d(np.flatnonzero(attended[own[rank.rank]].any(axis=0)), own[rank.rank])
+        queries = rows_of(plan.dispatch.runs(rank.rank))
+        wanted = np.setdiff1d(np.flatnonzero(attended[queries].any(axis=0)), own[rank.rank])
         received = [rows_of(stage.runs) for stage in rank.stages]
         np.testing.assert_array_equal(np.sort(np.concatenate([*received, np.empty(0, int)])), wanted)
         assert rank.num_recv_rows == len(wanted) == plan.routes.rows_received(plan.cp_size)[rank.rank]
@@ -86,7 +87,7 @@ def check_rows_travel_only_where_attended(mask: AttnMask, plan: AttnPlan, ranks:
             for sender in ranks:
                 collective = sender.stages[number].collective
                 assert collective.send_counts[rank.rank] == stage.collective.recv_counts[sender.rank]
-                assert ((collective.send_rows >= 0) & (collective.send_rows < local)).all()
+                assert ((collective.send_rows >= 0) & (collective.send_rows < sender.local_seqlen_k)).all()
                 first = sum(collective.send_counts[: rank.rank])
                 sent = collective.send_rows[first : first + collective.send_counts[rank.rank]]
                 wire.append(own[sender.rank][sent])
@@ -99,16 +100,33 @@ def check_rows_travel_only_where_attended(mask: AttnMask, plan: AttnPlan, ranks:
 
 
 def check_dispatch_is_a_permutation(plan: AttnPlan) -> None:
-    dispatch = plan.dispatch
-    local = [rows_of(dispatch.runs(r)) for r in range(plan.cp_size)]
-    assert {len(rows) for rows in local} == {dispatch.local_seqlen}
-    np.testing.assert_array_equal(np.sort(np.concatenate(local)), np.arange(dispatch.padded_seqlen))
-    gathered = np.concatenate(local).reshape(-1, dispatch.chunk_size)
-    np.testing.assert_array_equal(gathered[dispatch.chunk_position].ravel(), np.arange(dispatch.padded_seqlen))
-    for rank, rows in enumerate(local):
-        np.testing.assert_array_equal(dispatch.local_start(rows), np.arange(len(rows)))
-        np.testing.assert_array_equal(dispatch.position_ids(rank), np.minimum(rows, dispatch.total_seqlen - 1))
-        assert dispatch.num_real_rows(rank) == (rows < dispatch.total_seqlen).sum()
+    for dispatch in (plan.dispatch, plan.dispatch_k):
+        local = [rows_of(dispatch.runs(r)) for r in range(plan.cp_size)]
+        assert tuple(map(len, local)) == dispatch.local_seqlens
+        assert max(dispatch.local_seqlens) - min(dispatch.local_seqlens) <= dispatch.chunk_size
+        gathered = np.concatenate(local)
+        np.testing.assert_array_equal(np.sort(gathered), np.arange(dispatch.padded_seqlen))
+        np.testing.assert_array_equal(gathered[dispatch.places], np.arange(dispatch.total_seqlen))
+        positions = np.minimum(gathered, dispatch.total_seqlen - 1)
+        np.testing.assert_array_equal(dispatch.gathered_positions, positions)
+        np.testing.assert_array_equal(
+            np.concatenate([dispatch.position_ids(r) for r in range(plan.cp_size)]), positions
+        )
+        for rank, rows in enumerate(local):
+            np.testing.assert_array_equal(dispatch.local_start(rows), np.arange(len(rows)))
+            assert dispatch.num_real_rows(rank) == (rows < dispatch.total_seqlen).sum()
+
+
+def check_rows_are_shared_equally(plan: AttnPlan) -> None:
+    """Queries: the same number on each rank, unless uneven. Where order is kept, ranks follow each other."""
+    sources, config = plan.sources, plan.config.dispatch_config
+    assert config.uneven or len(set(plan.dispatch.local_seqlens)) == 1
+    assert (plan.dispatch is plan.dispatch_k) == sources.is_same_source
+    in_order = [config.order == "contiguous" or not sources.is_q_permutable, not sources.is_k_permutable]
+    if sources.is_same_source:
+        in_order = [any(in_order)] * 2
+    for keeps_order, dispatch in zip(in_order, (plan.dispatch, plan.dispatch_k), strict=True):
+        assert not keeps_order or (np.diff(dispatch.owner) >= 0).all()
 
 
 def check_stages(plan: AttnPlan, ranks: list[RankPlan]) -> None:
@@ -124,15 +142,26 @@ def check_stages(plan: AttnPlan, ranks: list[RankPlan]) -> None:
             assert max(filled) - min(filled) <= len(filled), "stages are of equal size"
 
 
-def check_laws(mask: AttnMask, cp_size: int, chunk_size: int, config: DistAttnConfig, extra_pad: int = 0) -> AttnPlan:
-    fitting = -mask.total_seqlen_q % (cp_size * chunk_size)
-    plan = plan_attention(mask, cp_size, chunk_size, fitting + extra_pad * cp_size * chunk_size, config)
-    ranks = [plan.rank(r) for r in range(cp_size)]
+def check_laws(
+    mask: AttnMask,
+    cp_size: int,
+    chunk_size: int,
+    config: DistAttnConfig,
+    pad_size: int | None = None,
+    sources: Sources = SELF_ATTENTION,
+) -> AttnPlan:
+    plan = plan_attention(mask, cp_size, chunk_size, pad_size, config, sources=sources)
+    check_plan(mask, plan)
+    return plan
+
+
+def check_plan(mask: AttnMask, plan: AttnPlan) -> None:
+    ranks = [plan.rank(r) for r in range(plan.cp_size)]
     check_dispatch_is_a_permutation(plan)
+    check_rows_are_shared_equally(plan)
     check_every_cell_is_computed_once(mask, plan, ranks)
     check_rows_travel_only_where_attended(mask, plan, ranks)
     check_stages(plan, ranks)
-    return plan
 
 
 @settings(max_examples=150, deadline=None)
@@ -140,7 +169,8 @@ def check_laws(mask: AttnMask, cp_size: int, chunk_size: int, config: DistAttnCo
 def test_laws_hold_for_generated_masks(
     mask: AttnMask, cp_size: int, chunk_size: int, config: DistAttnConfig, extra_pad: int
 ) -> None:
-    check_laws(mask, cp_size, chunk_size, config, extra_pad)
+    fitting = compute_pad_size(mask.total_seqlen_q, cp_size, chunk_size)
+    check_laws(mask, cp_size, chunk_size, config, fitting + extra_pad * cp_size * chunk_size)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 8])

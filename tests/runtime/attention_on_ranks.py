@@ -5,12 +5,17 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.api import calc_attn, compute_pad_size, dispatch, magi_attn_flex_key, undispatch
 from magi_attention.config import DistAttnConfig
+from magi_attention.planning.sources import SELF_ATTENTION, Sources
+from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.testing.rank_pool import RankPool
 
 from ..kernels import attention
+
+OPTIONS = ("softmax_scale", "softcap", "deterministic", "sm_margin")
 
 
 @dataclass
@@ -19,6 +24,7 @@ class Problem(attention.Problem):
 
     chunk_size: int = 4
     config: DistAttnConfig = DistAttnConfig()
+    sources: Sources = SELF_ATTENTION
 
 
 @dataclass
@@ -35,21 +41,32 @@ class Result:
         return list(vars(self).items())
 
 
-def make_key(problem: Problem, group: dist.ProcessGroup):
-    mask, cp_size = problem.mask, dist.get_world_size(group)
-    total = mask.total_seqlen_q
-    pad_size = compute_pad_size(total, cp_size, problem.chunk_size)
+def make_key(problem: Problem, ranks: dist.ProcessGroup | DeviceMesh) -> DistAttnRuntimeKey:
+    mask, chunk_size = problem.mask, problem.chunk_size
+    uneven = problem.config.dispatch_config.uneven
     return magi_attn_flex_key(
-        *mask.to_ranges(), total, total, pad_size, problem.chunk_size, group, dist_attn_config=problem.config
+        *mask.to_ranges(),
+        mask.total_seqlen_q,
+        mask.total_seqlen_k,
+        0 if uneven else compute_pad_size(mask.total_seqlen_q, ranks.size(), chunk_size),
+        chunk_size,
+        dist_attn_config=problem.config,
+        **{"cp_mesh" if isinstance(ranks, DeviceMesh) else "cp_group": ranks},  # type: ignore[arg-type]
+        **asdict(problem.sources),
     )
 
 
 def attend_on_rank(rank: int, group: dist.ProcessGroup, problem: Problem) -> Result:
+    """Attend over a group."""
+    return attend(problem, make_key(problem, group))
+
+
+def attend(problem: Problem, key: DistAttnRuntimeKey) -> Result:
     """Dispatch, attend, undispatch, and all the way back."""
-    key = make_key(problem, group)
     q, k, v = (x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
-    options = asdict(problem.params)
-    out, lse = calc_attn(dispatch(q, key), dispatch(k, key), dispatch(v, key), key, **options)
+    options = {name: getattr(problem.params, name) for name in OPTIONS}
+    local_k, local_v = (dispatch(x, key, side="k") for x in (k, v))
+    out, lse = calc_attn(dispatch(q, key), local_k, local_v, key, **options)
     out, lse = undispatch(out, key), undispatch(lse.T.contiguous(), key).T
     alive = torch.isfinite(lse)  # the gradient of an lse of -inf says nothing
     loss = (out * problem.dout).sum() + (lse.masked_fill(~alive, 0.0) * problem.dlse).sum()

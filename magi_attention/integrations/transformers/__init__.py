@@ -4,6 +4,7 @@ Importing this module registers the attention. :func:`dispatch_batch` turns a ba
 goes into the model as it is.
 """
 
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from magi_attention.integrations.transformers.attention import attention_forward, describe_mask
@@ -12,5 +13,6 @@ from magi_attention.integrations.transformers.layer_masks import LayerMask, laye
 
 __all__ = ["LayerMask", "dispatch_batch", "layer_masks", "undispatch_output"]
 
-AttentionInterface.register("magi_attention", attention_forward)
+# Plans and collectives are no part of a graph: what torch.compile makes of a layer ends before and goes on behind them.
+AttentionInterface.register("magi_attention", torch.compiler.disable(attention_forward))
 AttentionMaskInterface.register("magi_attention", describe_mask)

@@ -98,19 +98,5 @@ def attention_forward(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out, lse = calc_attn(q, k, v, magi_keys[attention_mask], softmax_scale=scaling, softcap=softcap or 0.0)
-    if s_aux is not None:
-        out = with_sinks(out, lse, s_aux)
+    out, _ = calc_attn(q, k, v, magi_keys[attention_mask], softmax_scale=scaling, softcap=softcap or 0.0, sink=s_aux)
     return out[None], None
-
-
-def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Let a sink take its share of each row's softmax: ``exp(lse) / (exp(lse) + exp(sink))`` of ``out`` is left.
-
-    Args:
-        out: ``(tokens, num_heads_q, head_dim)``.
-        lse: ``(num_heads_q, tokens)``.
-        sinks: ``(num_heads_q,)``.
-    """
-    share = torch.sigmoid(lse - sinks[:, None].to(lse.dtype))
-    return (out * share.T[..., None]).to(out.dtype)

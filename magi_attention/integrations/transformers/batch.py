@@ -13,7 +13,7 @@ from magi_attention.api import compute_pad_size, dispatch, undispatch
 from magi_attention.config import DistAttnConfig
 from magi_attention.integrations.transformers.layer_masks import LayerMask, layer_masks
 from magi_attention.mask.integers import as_cu_seqlens
-from magi_attention.runtime.groups import position_device, resolve_group
+from magi_attention.runtime.groups import CpGroup, position_device, resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import make_key, make_key_after_dispatch
 
@@ -81,7 +81,8 @@ def dispatch_batch(
         if loss_group is not None:  # each batch is counted by all ranks that share it
             count, ranks = count.to(position_device(loss_group)), ranks * loss_group.size()
             dist.all_reduce(count, group=loss_group)
-        local |= {"labels": labels, "shift_labels": labels, "num_items_in_batch": count / ranks}
+        items = count.item() / ranks  # no tensor: FSDP's mixed precision would round it like the other arguments
+        local |= {"labels": labels, "shift_labels": labels, "num_items_in_batch": items}
     return local
 
 
@@ -100,7 +101,7 @@ def undispatch_output(x: torch.Tensor, local_batch: Mapping[str, Any]) -> torch.
 
 
 def make_keys(
-    cu_seqlens: Sequence[int], config: Any, chunk_size: int, group: dist.ProcessGroup, dist_attn_config: DistAttnConfig
+    cu_seqlens: Sequence[int], config: Any, chunk_size: int, group: CpGroup, dist_attn_config: DistAttnConfig
 ) -> Keys:
     """One key for each mask of the model's layers, all of one dispatch; first the one that the dispatch is made for."""
     count = layer_masks(config)

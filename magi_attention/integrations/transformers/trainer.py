@@ -49,7 +49,8 @@ class ContextParallelTrainer(Trainer):
             raise ValueError("average_tokens_across_devices must be True: ranks have different numbers of labels")
         if not self.model_accepts_loss_kwargs:
             raise ValueError(f"{type(self.model).__name__} takes no num_items_in_batch, which its loss is divided by")
-        self.cp_group = resolve_group(cp_group, cp_mesh)
+        self.cp_ranks = resolve_group(cp_group, cp_mesh).ranks
+        self.cp_group, self.cp_mesh = cp_group, cp_mesh
         self.chunk_size = chunk_size
         self.dist_attn_config = dist_attn_config
 
@@ -73,12 +74,13 @@ class ContextParallelTrainer(Trainer):
 
     def _dispatch(self, batch: dict[str, Any]) -> dict[str, Any]:
         config = self.accelerator.unwrap_model(self.model).config
-        return dispatch_batch(batch, config, self.chunk_size, self.cp_group, dist_attn_config=self.dist_attn_config)
+        return dispatch_batch(
+            batch, config, self.chunk_size, self.cp_group, self.cp_mesh, dist_attn_config=self.dist_attn_config
+        )
 
     def _data_parallel_place(self) -> tuple[int, int]:
         """How many context-parallel groups there are, and the number of this rank's."""
         first_ranks: list[int] = [0] * self.args.world_size
-        mine = min(dist.get_process_group_ranks(self.cp_group))
-        dist.all_gather_object(first_ranks, mine)
+        dist.all_gather_object(first_ranks, min(self.cp_ranks))
         groups = sorted(set(first_ranks))
-        return len(groups), groups.index(mine)
+        return len(groups), groups.index(min(self.cp_ranks))

@@ -8,6 +8,7 @@ Gradients of queries are added up by reductions in memory, in whatever order pro
 """
 
 import importlib.util
+import math
 
 import torch
 
@@ -18,7 +19,7 @@ from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask.bands import IntArray
 
-__all__ = ["backward", "finish_backward", "forward", "name", "refusal", "schedule", "start_backward"]
+__all__ = ["backward", "finish_backward", "forward", "name", "refusal", "schedule", "sink_grad", "start_backward"]
 
 name = "hopper"
 
@@ -55,6 +56,7 @@ def forward(
     schedule: HopperSchedule,
     params: AttnParams,
     state: State | None = None,
+    sink: torch.Tensor | None = None,
 ) -> State:
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
     from magi_attention.kernels.hopper.launch import launch_forward
@@ -64,8 +66,9 @@ def forward(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         whole = schedule.part is None or schedule.part.is_last
-        state = State(out, lse, None if whole else torch.empty_like(out, dtype=torch.float32))
-    launch_forward(q, k, v, schedule, params, state, is_later)
+        sums = None if whole else torch.empty_like(out, dtype=torch.float32)
+        state = State(out, lse, sums, torch.empty_like(lse) if params.return_max_logits else None)
+    launch_forward(q, k, v, schedule, params, state, is_later, sink)
     return state
 
 
@@ -104,6 +107,14 @@ def backward(
     dk, dv = (torch.empty(x.shape, dtype=dtype or torch.float32, device=x.device) for x in (k, v))
     launch_backward(grads, q, k, v, schedule, params, (dk, dv))
     return dk, dv
+
+
+def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
+    """See :meth:`magi_attention.kernels.engine.Engine.sink_grad`."""
+    if params.deterministic:
+        return by_tiles.sink_grad(grads, sink, params)
+    probs = torch.exp2(sink.float()[:, None] / math.log(2) + grads.lse)  # lse and delta are negative here
+    return probs.mul_(grads.delta).sum(1).to(sink.dtype)
 
 
 def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:

@@ -93,18 +93,30 @@ WHOLE, FIRST_PART, LATER_PART = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2
 
 
 class Out(NamedTuple):
-    """Where results go. Without parts of the keys, ``sums`` is anything."""
+    """Where results go. Without parts of the keys, ``sums`` is anything; ``row_max`` is None if it is not asked for.
+
+    ``sink`` has what joins the softmax of each head's rows, or is None.
+    """
 
     rows: Any
     sums: Any
     lse: Any
     lse_stride: int
+    row_max: Any
+    sink: Any
 
 
 @gluon.jit
 def row_sums(p):
     """Sums inside each thread only, ``(rows, 4)``; the four threads of a row are summed once, after the loop."""
     return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def merged_lse(before, lse):
+    high = gl.maximum(before, lse)
+    high = gl.where(high == float("-inf"), 0.0, high)
+    return high + gl.log2(exp2((before - high) * LOG2_E) + exp2((lse - high) * LOG2_E)) * LN2
 
 
 @gluon.jit
@@ -126,15 +138,23 @@ def finish(
     if PART == LATER_PART:
         kept = kept & (total != 0.0)  # what these keys add nothing to stays as it is
         before = gl.load(lse_ptr, mask=kept, other=float("-inf"))
-        high = gl.maximum(before, lse)
-        high = gl.where(high == float("-inf"), 0.0, high)
-        merged = high + gl.log2(exp2((before - high) * LOG2_E) + exp2((lse - high) * LOG2_E)) * LN2
+        merged = merged_lse(before, lse)
         weight *= exp2((lse - merged) * LOG2_E)
         weight = gl.where(kept, weight, 0.0)
         weight_before = gl.where(kept, exp2((before - merged) * LOG2_E), 0.0)
         begun = before != float("-inf")
         lse = merged
+    if out.sink is not None:
+        merged = merged_lse(gl.load(out.sink + head), lse)
+        weight = gl.where(dead, 0.0, weight * exp2((lse - merged) * LOG2_E))
+        lse = merged
     gl.store(lse_ptr, lse, mask=kept)
+    if out.row_max is not None:
+        max_ptr = out.row_max + gl.cast(head, gl.int64) * out.lse_stride + row + token
+        highest = top * scale * LN2
+        if PART == LATER_PART:
+            highest = gl.maximum(highest, gl.load(max_ptr, mask=kept, other=float("-inf")))
+        gl.store(max_ptr, highest, mask=kept)
     result = acc * gl.convert_layout(weight, acc_rows)[:, None]
     kept = gl.convert_layout(kept, acc_rows)
     if PART == LATER_PART:

@@ -8,7 +8,7 @@ import torch
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
 from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
 from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSchedule
-from magi_attention.kernels.hopper.launcher import Launcher, rows, tiles
+from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
 from magi_attention.kernels.hopper.pipeline import WalkArgs
 from magi_attention.kernels.hopper.row_kernels import launch_finish
 from magi_attention.kernels.params import AttnParams
@@ -60,14 +60,14 @@ def launch_forward(
     params: AttnParams,
     state: State,
     is_later: bool,
+    sink: torch.Tensor | None,
 ) -> None:
     """Write the state of all rows, or, with ``is_later``, take these keys into it."""
-    out, lse, sums = state
+    out, lse, sums, row_max = state
     num_rows, num_keys = q.shape[0], k.shape[0]
     if num_rows == 0 or num_keys == 0:
         if not is_later:
-            out.zero_()
-            lse.fill_(-torch.inf)
+            fill_without_keys(state, sink)
         return
     sizes = Sizes.of(q, k)
     pack = 2 if sizes.group % 2 == 0 else 1
@@ -76,14 +76,23 @@ def launch_forward(
     args = walk_args(walk, walk.num_busy if is_later else len(walk.windows), heads, q.shape[1] // pack)
     if args.num_items == 0:
         return
+    # Programs that go on and on let nobody else in until they end.
+    programs = args.num_items if params.yields else min(args.num_items, num_programs(q.device, params))
     tile, k_tile = (CONSUMER_ROWS, 1, sizes.dim), (BLOCK_K, 1, sizes.dim)
     _forward(
-        (min(args.num_items, num_programs(q.device, params)), 1, 1),
+        (programs, 1, 1),
         tiles(copyable(q), tile),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
         tiles(out, tile),
-        Out(rows(out), rows(out if sums is None else sums), lse, num_rows),
+        Out(
+            rows(out),
+            rows(out if sums is None else sums),
+            lse,
+            num_rows,
+            row_max,
+            None if sink is None or is_later else sink.float().contiguous(),
+        ),
         args,
         Scales.of(params),
         GROUP=sizes.group,
@@ -95,6 +104,20 @@ def launch_forward(
         LAYERED=len(walk.starts) > 1,
         PART=(LATER_PART if is_later else WHOLE if sums is None else FIRST_PART).value,
     )
+
+
+def fill_without_keys(state: State, sink: torch.Tensor | None) -> None:
+    """Write what queries have that attend no key."""
+    out, lse, sums, row_max = state
+    out.zero_()
+    if sink is None:
+        lse.fill_(-torch.inf)
+    else:
+        lse.copy_(sink[:, None])
+    if sums is not None:
+        sums.zero_()
+    if row_max is not None:
+        row_max.fill_(-torch.inf)
 
 
 def launch_backward(
@@ -119,7 +142,7 @@ def launch_backward(
     members = members_of_items(walk, sizes.group)
     if members < sizes.group:
         sums = torch.zeros(2, num_keys, sizes.heads_kv, sizes.dim, dtype=torch.float32, device=k.device)
-        k_descs = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
+        k_descs: list[Tiles | None] = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
     else:
         k_descs = [tiles(x, (CONSUMER_ROWS, 1, sizes.dim)) if x.dtype == k.dtype else None for x in results]
     shares = sizes.heads_kv * sizes.group // members

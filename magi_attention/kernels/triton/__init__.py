@@ -12,6 +12,7 @@ multiprocessor as soon as the next program on it does; but no multiprocessor is 
 """
 
 import importlib.util
+import math
 
 import torch
 
@@ -22,7 +23,7 @@ from magi_attention.kernels.triton import tuning
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule
 from magi_attention.mask.bands import IntArray
 
-__all__ = ["backward", "finish_backward", "forward", "name", "refusal", "schedule", "start_backward"]
+__all__ = ["backward", "finish_backward", "forward", "name", "refusal", "schedule", "sink_grad", "start_backward"]
 
 name = "triton"
 
@@ -59,6 +60,7 @@ def forward(
     schedule: TritonSchedule,
     params: AttnParams,
     state: State | None = None,
+    sink: torch.Tensor | None = None,
 ) -> State:
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
     from magi_attention.kernels.triton.forward_kernel import launch_forward
@@ -68,13 +70,14 @@ def forward(
     if state is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        state = State(out, lse, None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32))
-        launch_forward(launch, state.out if state.sums is None else state.sums, state.lse, merge=False)
+        sums = None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32)
+        state = State(out, lse, sums, torch.empty_like(lse) if params.return_max_logits else None)
+        launch_forward(launch, state, sink, merge=False)
         return state
     assert part is not None
     if state.sums is None:  # no query goes on
         return state
-    launch_forward(launch, state.sums, state.lse, merge=True)
+    launch_forward(launch, state, None, merge=True)
     if part.is_last:
         state.out.copy_(state.sums)
     return state
@@ -115,6 +118,12 @@ def backward(
     launch_dq(launch, grads)
     launch_dkdv(launch, grads, dk, dv)
     return dk, dv
+
+
+def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
+    """See :meth:`magi_attention.kernels.engine.Engine.sink_grad`."""
+    probs = torch.exp2(sink.float()[:, None] / math.log(2) - grads.lse)
+    return -probs.mul_(grads.delta).sum(1).to(sink.dtype)
 
 
 def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from magi_attention.kernels.parts import State
 from magi_attention.kernels.triton.launch import Launch
 from magi_attention.kernels.triton.tiles import (
     LOG2_E,
@@ -27,8 +28,8 @@ from magi_attention.kernels.triton.tiles import (
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def launch_forward(launch: Launch, out: torch.Tensor, lse: torch.Tensor, merge: bool) -> None:
-    """Write ``out`` and ``lse``, or merge into what they hold."""
+def launch_forward(launch: Launch, state: State, sink: torch.Tensor | None, merge: bool) -> None:
+    """Write the state, or merge into what it holds; the output goes to its sums where there are some."""
     shape = launch.shapes.forward
     walk = launch.by_queries(shape)
     num_tiles = walk.num_busy if merge else walk.num_tiles
@@ -37,8 +38,10 @@ def launch_forward(launch: Launch, out: torch.Tensor, lse: torch.Tensor, merge: 
             launch.q,
             launch.k,
             launch.v,
-            as_rows(out),
-            lse,
+            as_rows(state.out if state.sums is None else state.sums),
+            state.lse,
+            state.row_max,
+            None if sink is None else sink.float().contiguous(),
             walk.tables,
             launch.scales,
             PACKED=launch.packed,
@@ -54,6 +57,8 @@ def forward_kernel(
     v,
     out,
     lse,
+    row_max,
+    sink,
     walk,
     scales,
     GROUP: tl.constexpr,
@@ -86,12 +91,15 @@ def forward_kernel(
         total = tl.where(attended, 1.0, 0.0)
         out_tile = load_valid_rows(out_pointers, attended, HEAD_DIM, BLOCK_D)
     earlier_top, earlier_total = top, total
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
     for run in range(first_run, end_run):
         run_start, full_end, run_end = load_run(walk, run)
         for start in range(run_start, full_end, COLS):
             k_tile = load_rows(k_pointers + advance(k, start), HEAD_DIM, BLOCK_D)
             v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM, BLOCK_D)
             products = bounded_products(q_tile, k_tile, scales, SOFTCAP)
+            if row_max is not None:
+                highest = tl.maximum(highest, tl.max(products, 1))
             out_tile, total, top = softmax_step(products, v_tile, out_tile, total, top, scales)
         for start in range(full_end, run_end, COLS):
             inside = start + column < run_end
@@ -100,15 +108,36 @@ def forward_kernel(
             products = bounded_products(q_tile, k_tile, scales, SOFTCAP)
             mask = tile_mask(walk, token, valid, interval_start, interval_end, num_layers, start + column, LAYERED)
             products = tl.where(mask, products, float("-inf"))
+            if row_max is not None:
+                highest = tl.maximum(highest, tl.max(products, 1))
             out_tile, total, top = softmax_step(products, v_tile, out_tile, total, top, scales)
 
     attends = total > 0.0
     if MERGE:  # what these keys add nothing to stays as it is, to the bit
         valid = valid & ((top != earlier_top) | (total != earlier_total))
     total = tl.where(attends, total, 1.0)
-    store_valid_rows(out_pointers, out_tile / total[:, None], valid, HEAD_DIM, BLOCK_D)
     row_lse = tl.where(attends, (top + tl.log2(total)) / LOG2_E, float("-inf"))
+    if sink is not None:
+        row_lse, share = join_sink(row_lse, tl.load(sink + head, mask=valid, other=0.0))
+        out_tile *= share[:, None]
+    store_valid_rows(out_pointers, out_tile / total[:, None], valid, HEAD_DIM, BLOCK_D)
     tl.store(lse_pointers, row_lse, mask=valid)
+    if row_max is not None:
+        highest = highest * scales.score / LOG2_E
+        max_pointers = row_max + head.to(tl.int64) * walk.num_rows + token
+        if MERGE:
+            highest = tl.maximum(highest, tl.load(max_pointers, mask=valid, other=float("-inf")))
+        tl.store(max_pointers, highest, mask=valid)
+
+
+@triton.jit
+def join_sink(lse, sink):
+    """The log-sum-exp of both, and the share of ``lse`` in it."""
+    high = tl.maximum(lse, sink)
+    finite = tl.where(high != float("-inf"), high, 0.0)
+    part = tl.exp2((lse - finite) * LOG2_E)
+    total = tl.maximum(part + tl.exp2((sink - finite) * LOG2_E), 1.0)  # the higher one adds 1; if both are -inf, 0
+    return high + tl.log2(total) / LOG2_E, part / total
 
 
 @triton.jit

@@ -1,0 +1,137 @@
+"""What the stages of a plan cost every rank: cells and rows, and the seconds that a CostModel makes of them.
+
+Seconds are made by additions, products and maxima only, element by element, which round alike on every machine: ranks
+that choose stages by them choose the same.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.config import CostModel, GradWireDtype
+from magi_attention.mask.attn_mask import AttnMask
+from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, crop, shift
+from magi_attention.planning.chunking import ChunkWork
+from magi_attention.planning.dispatch_plan import DispatchPlan
+from magi_attention.planning.load_balance import rank_areas
+from magi_attention.planning.routing import Routes
+from magi_attention.planning.runs import GroupedRuns
+
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class StageWork:
+    """What all ranks compute, receive and send in each stage.
+
+    Attributes:
+        local_areas: Unmasked cells among a rank's own keys, ``(cp_size,)``.
+        areas: Unmasked cells with the rows that a stage brings, ``(num_stages, cp_size)``.
+        queries: About how many queries attend these rows, and never less than do, ``(num_stages, cp_size)``.
+        received: Rows that arrive, ``(num_stages, cp_size)``.
+        sent: Rows that leave, a row once for every rank it goes to, ``(num_stages, cp_size)``.
+    """
+
+    local_areas: IntArray
+    areas: IntArray
+    queries: IntArray
+    received: IntArray
+    sent: IntArray
+
+    @classmethod
+    def measure(cls, mask: AttnMask, work: ChunkWork, dispatch: DispatchPlan, routes: Routes) -> "StageWork":
+        """Count for all ranks at once: each rank's queries are cropped to the rows of each of its stages."""
+        cp_size, num_stages = dispatch.cp_size, routes.num_stages
+        stride = work.needs.stride  # the keys of rank r are moved by r * stride, so that ranks do not meet
+        arriving = GroupedRuns.merge(routes.receiver * num_stages + routes.stage, routes.start, routes.end, stride)
+        keys = arriving.runs + (arriving.group // max(num_stages, 1) * stride)[:, None]
+        in_order = np.argsort(keys[:, 0])
+        starts, ends = keys[in_order].T
+        borders, owner = dispatch.owner_runs
+        pieces, run, _ = crop(mask.bands, borders[:-1], borders[1:])
+        pieces, run, source = crop(shift(pieces, 0, owner[run] * stride), starts, ends, K0)
+        group = arriving.group[in_order[run]]
+
+        def by_stage(group: IntArray, numbers: IntArray) -> IntArray:
+            total = np.bincount(group, weights=numbers, minlength=cp_size * num_stages).astype(np.int64)
+            return np.ascontiguousarray(total.reshape(cp_size, num_stages).T)
+
+        areas = by_stage(group, area(pieces))
+        by_band = np.lexsort((group, source))  # what a rank has of a band stands together: count from first to last row
+        first = np.flatnonzero(np.diff(source[by_band], prepend=-1) | np.diff(group[by_band], prepend=-1))
+        q0, q1 = (pieces[by_band, column] for column in (Q0, Q1))
+        rows = np.maximum.reduceat(q1, first) - np.minimum.reduceat(q0, first) if len(first) else first
+        return cls(
+            local_areas=rank_areas(work, dispatch.owner, cp_size) - areas.sum(axis=0),
+            areas=areas,
+            queries=np.minimum(by_stage(group[by_band[first]], rows), dispatch.local_seqlens),
+            received=by_stage(arriving.group, arriving.lengths),
+            sent=by_stage(routes.owner * num_stages + routes.stage, routes.rows),
+        )
+
+    def split(self, parts: IntArray, whole: int) -> "StageWork":
+        """About what stages do that have ``parts[n]`` parts of ``whole`` of all rows that travel in the only stage."""
+
+        def share(numbers: IntArray) -> IntArray:
+            return numbers * parts[:, None] // whole
+
+        return StageWork(
+            local_areas=self.local_areas,
+            areas=share(self.areas),
+            queries=self.queries * (parts[:, None] > 0),
+            received=share(self.received),
+            sent=share(self.sent),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PassCosts:
+    """Seconds of the parts of one pass, forward or backward. Many ways to make stages may stand side by side.
+
+    Attributes:
+        local: Attention among a rank's own keys, ``(cp_size,)``.
+        stages: Attention with the rows of a stage, and merging it into what was there, ``(num_stages, ..., cp_size)``.
+        casts: Sending a stage's keys and values, as long as the slowest rank takes, ``(num_stages, ...)``.
+        reduces: Sending home a stage's dK and dV, the same; None in the forward pass.
+    """
+
+    local: FloatArray
+    stages: FloatArray
+    casts: FloatArray
+    reduces: FloatArray | None
+
+    @classmethod
+    def forward(cls, work: StageWork, model: CostModel) -> "PassCosts":
+        """The forward pass. A later stage reads and writes the float32 results of the queries that attend it."""
+        per_cell = 4 * model.heads_q * model.head_dim / (model.forward_tflops * 1e12)
+        per_query = 2 * 4 * model.heads_q * model.head_dim / model.hbm_bandwidth
+        stages = work.areas * per_cell + work.queries * per_query
+        stages += (work.areas > 0) * model.stage_overhead
+        return cls(work.local_areas * per_cell, stages, _collectives(work, model, model.element_bytes), None)
+
+    @classmethod
+    def backward(cls, work: StageWork, model: CostModel, grad_bytes: int) -> "PassCosts":
+        """The backward pass; its partial gradients have ``grad_bytes`` bytes an element on the wire."""
+        per_cell = 10 * model.heads_q * model.head_dim / (model.backward_tflops * 1e12)
+        stages = work.areas * per_cell + (work.areas > 0) * model.stage_overhead
+        casts, reduces = (_collectives(work, model, size) for size in (model.element_bytes, grad_bytes))
+        return cls(work.local_areas * per_cell, stages, casts, reduces)
+
+    def take(self, stages: IntArray) -> "PassCosts":
+        """The costs when the n-th stage is ``stages[n]``, an array of shape ``(num_stages, ...)``."""
+        reduces = None if self.reduces is None else self.reduces[stages]
+        return PassCosts(self.local, self.stages[stages], self.casts[stages], reduces)
+
+
+def grad_wire_bytes(dtype: GradWireDtype, model: CostModel) -> int:
+    """Bytes of an element of dK and dV on their way home."""
+    return model.element_bytes if dtype == "input" else max(model.element_bytes, 4)
+
+
+def _collectives(work: StageWork, model: CostModel, element_bytes: int) -> FloatArray:
+    """Seconds of each stage's all-to-all of two tensors of rows; nothing where nothing travels."""
+    rows = np.maximum(work.received.max(axis=-1), work.sent.max(axis=-1))
+    per_row = 2 * model.heads_kv * model.head_dim * element_bytes / model.bandwidth
+    return rows * per_row + (rows > 0) * model.latency

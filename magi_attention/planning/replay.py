@@ -1,0 +1,90 @@
+"""The distributed loop with a clock instead of kernels: when ranks compute, and when rows travel.
+
+:func:`replay` is the loop of ``runtime/dist_attn.py``; a change there is a change here. What it assumes:
+
+* A rank computes one thing after the other.
+* A transfer is a collective of all ranks. It starts when every rank has reached it, since rows are packed where a rank
+  computes, and ends, on all ranks alike, when the slowest has sent and received its rows.
+* Transfers run one after the other, in the order in which the loop posts them.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.planning.cost_model import FloatArray, PassCosts
+
+StepName = Literal["attend", "cast", "reduce"]
+
+
+class Step(NamedTuple):
+    """One line of the loop. Times of attending have an entry a rank; transfers take as long on all."""
+
+    name: StepName
+    stage: int | None
+    start: FloatArray
+    end: FloatArray
+
+
+class Clock:
+    """The time on every rank, and in the network that they share, in seconds.
+
+    Attributes:
+        ranks: When each rank is free to compute, ``(..., cp_size)``.
+        network: When the last transfer posted ends, ``(...)``.
+        steps: What has happened.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.ranks = np.zeros(shape)
+        self.network = np.zeros(shape[:-1])
+        self.steps: list[Step] = []
+
+    def attend(self, stage: int | None, seconds: FloatArray) -> None:
+        """Every rank computes for so long, with the rows of a stage, or with its own."""
+        start, self.ranks = self.ranks, self.ranks + seconds
+        self.steps.append(Step("attend", stage, start, self.ranks))
+
+    def transfer(self, name: StepName, stage: int, seconds: FloatArray) -> FloatArray:
+        """Every rank posts a transfer that takes so long; returns when it ends."""
+        start = np.maximum(self.network, self.ranks.max(axis=-1))
+        self.network = start + seconds
+        self.steps.append(Step(name, stage, start, self.network))
+        return self.network
+
+    def wait(self, until: FloatArray) -> None:
+        """No rank computes on before a time."""
+        self.ranks = np.maximum(self.ranks, until[..., None])
+
+
+def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
+    """Run one pass of the loop, in all ways at once that ``costs`` has prices for.
+
+    Args:
+        costs: Seconds of its parts.
+        blocking: Whether the first rows are waited for before anything is computed, ``(...)``.
+
+    Returns:
+        The clock at the end of the pass.
+    """
+    num_stages = len(costs.casts)
+    clock = Clock(costs.stages.shape[1:])
+    if num_stages:
+        upcoming = clock.transfer("cast", 0, costs.casts[0])
+        clock.wait(np.where(blocking, upcoming, 0.0))
+    clock.attend(None, costs.local)
+    homeward: FloatArray | None = None
+    for stage in range(num_stages):
+        current = upcoming
+        if stage + 1 < num_stages:
+            upcoming = clock.transfer("cast", stage + 1, costs.casts[stage + 1])
+        clock.wait(current)
+        clock.attend(stage, costs.stages[stage])
+        if costs.reduces is not None:
+            previous, homeward = homeward, clock.transfer("reduce", stage, costs.reduces[stage])
+            if previous is not None:
+                clock.wait(previous)
+    if homeward is not None:
+        clock.wait(homeward)
+    return clock

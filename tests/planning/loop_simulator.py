@@ -1,0 +1,74 @@
+"""The slow twin of `magi_attention.planning.replay`: ranks run a program step by step, and meet in collectives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+Op = tuple[str, int | None]
+"""`("cast", n)` and `("reduce", n)` post a transfer, `("wait cast", n)` and `("wait reduce", n)` wait for it, and
+`("attend", n)` computes: with a stage's rows, or with None with the rank's own."""
+
+
+def loop_program(num_stages: int, blocking: bool, backward: bool) -> list[Op]:
+    """What every rank does in a pass, written from its description in docs/design.md."""
+    program: list[Op] = []
+    if num_stages:
+        program.append(("cast", 0))
+    if num_stages and blocking:
+        program.append(("wait cast", 0))
+    program.append(("attend", None))
+    for n in range(num_stages):
+        if n + 1 < num_stages:
+            program.append(("cast", n + 1))
+        program += [("wait cast", n), ("attend", n)]
+        if backward:
+            program.append(("reduce", n))
+            if n > 0:
+                program.append(("wait reduce", n - 1))
+    if backward and num_stages:
+        program.append(("wait reduce", num_stages - 1))
+    return program
+
+
+@dataclass
+class Outcome:
+    """When each rank is done, and from when to when everything took place: `(op, rank)`, transfers without a rank."""
+
+    ends: list[float]
+    extents: dict[tuple[Op, int | None], tuple[float, float]] = field(default_factory=dict)
+
+
+def simulate(program: Sequence[Op], cp_size: int, seconds: Callable[[Op, int | None], float]) -> Outcome:
+    """Run the program on all ranks; `seconds(op, rank)` is what it takes, for a transfer with rank None."""
+    outcome = Outcome([0.0] * cp_size)
+    at = [0] * cp_size
+    reached: dict[Op, list[float]] = {op: [] for op in program if op[0] in ("cast", "reduce")}
+    network = 0.0
+    while any(position < len(program) for position in at):
+        progress = False
+        for rank in range(cp_size):
+            while at[rank] < len(program):
+                kind, n = op = program[at[rank]]
+                now = outcome.ends[rank]
+                if kind == "attend":
+                    outcome.ends[rank] = now + seconds(op, rank)
+                    outcome.extents[op, rank] = now, outcome.ends[rank]
+                elif kind in ("cast", "reduce"):
+                    reached[op].append(now)
+                else:
+                    transfer = outcome.extents.get(((kind.removeprefix("wait "), n), None))
+                    if transfer is None:
+                        break
+                    outcome.ends[rank] = max(now, transfer[1])
+                at[rank] += 1
+                progress = True
+        for op, arrivals in reached.items():  # in the order in which they are posted
+            if (op, None) in outcome.extents:
+                continue
+            if len(arrivals) < cp_size:
+                break
+            start = max(network, *arrivals)
+            network = start + seconds(op, None)
+            outcome.extents[op, None] = start, network
+            progress = True
+        assert progress, "the ranks wait for each other for ever"
+    return outcome
