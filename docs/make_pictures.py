@@ -9,7 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispatchAlg, MinHeapDispatchAlg, OverlapConfig
+from magi_attention.config import (
+    AttnOverlapMode,
+    CostModel,
+    DispatchConfig,
+    DistAttnConfig,
+    LocalityDispatchAlg,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+)
 from magi_attention.kernels.hopper.walk import ROW_BEGINS_INSIDE, ROW_ENDS_INSIDE, Walk, build_walk
 from magi_attention.mask import builders
 from magi_attention.mask.attn_mask import AttnMask
@@ -17,6 +25,7 @@ from magi_attention.mask.bands import K0, Q0, area, crop, transpose
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.planning import AttnPlan, RankPlan, plan_attention
 from magi_attention.planning.load_balance import contiguous
+from magi_attention.planning.timeline import predict_timeline
 
 RANK_COLORS = ["#4269d0", "#e8a33d", "#c4507a", "#4d9d6a"]
 INK, PALE = "#30363d", "#eceff3"
@@ -200,6 +209,48 @@ def draw_timeline(picture: Picture, plan: RankPlan, top: float) -> None:
         done = block(max(done, arrival), int(area(stage.bands).sum()) * per_cell, compute, RANK_COLORS[0], f"{n}")
 
 
+EXPOSED = "#f6d5c3"
+SPAN_COLORS = {
+    "own": (RANK_COLORS[3], "own keys"),
+    "stage": (RANK_COLORS[0], "keys of a stage"),
+    "cast": (RANK_COLORS[1], "cast of keys and values"),
+    "reduce": (RANK_COLORS[2], "reduce of dK and dV"),
+}
+
+
+def timeline() -> str:
+    """The predicted timeline of a batch over four ranks: what travels, and what each rank computes meanwhile."""
+    borders = np.cumsum([0, *(16 * n for n in DOCUMENTS)])
+    costs = CostModel(bandwidth=50e9)
+    config = DistAttnConfig(overlap_config=OverlapConfig(AttnOverlapMode.DYNAMIC, cost_model=costs))
+    predicted = predict_timeline(plan_attention(builders.varlen(borders, causal=True), CP_SIZE, 512, config=config))
+    picture, left, scale = Picture(1000, 250), 76.0, 880 / predicted.seconds
+    for row, name in enumerate(["network", *(f"rank {rank}" for rank in range(CP_SIZE))]):
+        picture.text(12, 60 + 34 * row, name, size=13)
+    for name, part in (("forward", predicted.forward), ("backward", predicted.backward)):
+        picture.text(left, 26, f"{name}, {part.seconds * 1e3:.1f} ms", size=14)
+        waits = [span for span in part.spans if span.rank == 0 and span.lane == "network"]
+        for rank in range(CP_SIZE):
+            picture.box(left, 74 + 34 * rank, part.seconds * scale, 24, PALE)
+            for span in waits:
+                picture.box(left + span.start * scale, 74 + 34 * rank, (span.end - span.start) * scale, 24, EXPOSED)
+        for span in part.spans:
+            if span.lane == "compute" or span.rank == 0:
+                width, y = (span.end - span.start) * scale, 40 if span.lane == "network" else 74 + 34 * span.rank
+                kind = span.name.split()[0]
+                picture.box(left + span.start * scale, y, width, 24, SPAN_COLORS[kind][0], stroke="white")
+                if span.stage and width > 14:
+                    middle = left + (span.start + span.end) / 2 * scale
+                    picture.text(middle, y + 16, f"{span.stage}", anchor="middle", size=11, fill="white")
+        left += part.seconds * scale + 20
+    x = 76.0
+    for color, text in [*SPAN_COLORS.values(), (EXPOSED, "waiting for rows"), (PALE, "waiting for a rank")]:
+        picture.box(x, 222, 14, 14, color)
+        picture.text(x + 19, 234, text, size=12)
+        x += 30 + 6.6 * len(text)
+    return picture.svg()
+
+
 TILE_COLORS = {
     0: (RANK_COLORS[0], "whole: no mask"),
     ROW_ENDS_INSIDE: (RANK_COLORS[1], "a row ends inside"),
@@ -275,6 +326,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "dispatch.svg": dispatch,
     "group_cast.svg": group_cast,
     "stages.svg": stages,
+    "timeline.svg": timeline,
     "tiles.svg": tiles,
 }
 

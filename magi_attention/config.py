@@ -183,6 +183,7 @@ class OverlapConfig:
 
 
 GradWireDtype = Literal["float32", "input"]
+IntraNode = Literal["sequence", "heads"]
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,18 @@ class DistAttnConfig:
             * ``"float32"``: the type they were added up in (float64 for float64 inputs); nothing is rounded on the way.
             * ``"input"``: the type of k and v. Half the bytes for bf16 and fp16, and one more rounding of each part
               that travels. The owner adds the parts up in float32 in either case.
+        intra_node: What the ranks of a node split while they attend.
+
+            * ``"sequence"``: the sequence, as all ranks do.
+            * ``"heads"``: the heads, so that only nodes split the sequence, and plans are over nodes: each chunk is
+              given to one, and ``dispatch_config`` is about them. Needs a ``cp_mesh`` of two axes, nodes and the ranks
+              in each, and heads that these can share. The heads of a ``cost_model`` are then those of one rank.
     """
 
     dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
     overlap_config: OverlapConfig = field(default_factory=OverlapConfig)
     grad_wire_dtype: GradWireDtype = "float32"
+    intra_node: IntraNode = "sequence"
 
     def __post_init__(self) -> None:
         _check_type("dispatch_config", self.dispatch_config, (DispatchConfig,))
@@ -209,6 +217,8 @@ class DistAttnConfig:
         if self.grad_wire_dtype not in get_args(GradWireDtype):
             dtypes = ", ".join(map(repr, get_args(GradWireDtype)))
             raise ValueError(f"grad_wire_dtype must be one of {dtypes}, not {self.grad_wire_dtype!r}")
+        if self.intra_node not in get_args(IntraNode):
+            raise ValueError(f"intra_node must be 'sequence' or 'heads', not {self.intra_node!r}")
 
 
 def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:

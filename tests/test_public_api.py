@@ -124,7 +124,7 @@ HELPERS = [
 ]  # fmt: skip
 
 TYPES = [
-    "AttnMaskType", "AttnOverlapMode", "AttnRange", "AttnRanges", "DispatchConfig", "DistAttnConfig",
+    "AttnMaskType", "AttnOverlapMode", "AttnRange", "AttnRanges", "CostModel", "DispatchConfig", "DistAttnConfig",
     "MinHeapDispatchAlg", "OverlapConfig", "UniformOverlapAlg",
 ]  # fmt: skip
 

@@ -30,6 +30,7 @@ from magi_attention.api.magi_attn_interface import (
 from magi_attention.api.roll import roll
 from magi_attention.config import (
     AttnOverlapMode,
+    CostModel,
     DispatchConfig,
     DistAttnConfig,
     LocalityDispatchAlg,
@@ -48,6 +49,7 @@ __all__ = [
     "AttnOverlapMode",
     "AttnRange",
     "AttnRanges",
+    "CostModel",
     "DispatchConfig",
     "DistAttnConfig",
     "DistAttnRuntimeKey",

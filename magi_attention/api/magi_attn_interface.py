@@ -17,8 +17,10 @@ from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.dispatch import Dispatch, GradOfGlobal, Undispatch
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.groups import position_device, resolve_group
+from magi_attention.runtime.head_parallel import attend_by_heads, check_heads
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import make_key, make_key_after_dispatch, ready_runtime
+from magi_attention.runtime.runtime import DistAttnRuntime
 
 CuSeqlens = torch.Tensor | Sequence[int]
 MaskTypes = AttnMaskType | str | Sequence[AttnMaskType | str]
@@ -378,7 +380,7 @@ def dispatch(
             ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
-    plan = _of_side(runtime.plan, side)
+    plan = _of_side(runtime, side)
     _check_grad(grad)
     _check_rows("x", x, plan.total_seqlen, f"global {_rows_of(key, side)}, without padding")
     return Dispatch.apply(x, plan, runtime.group, grad)
@@ -409,9 +411,9 @@ def undispatch(
             ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
-    plan = _of_side(runtime.plan, side)
+    plan = _of_side(runtime, side)
     _check_grad(grad)
-    _check_rows("x", x, plan.local_seqlens[runtime.plan.rank], f"local {_rows_of(key, side)}")
+    _check_rows("x", x, plan.local_seqlens[runtime.rank], f"local {_rows_of(key, side)}")
     return Undispatch.apply(x, plan, runtime.group, grad)
 
 
@@ -432,7 +434,8 @@ def calc_attn(
     """Attention of this rank's queries over the keys and values of all ranks, as the key's mask says.
 
     A collective, forward and backward. Each row of k and v goes only to the ranks that attend it; the rows of one stage
-    travel while another is computed.
+    travel while another is computed. With ``DistAttnConfig(intra_node="heads")`` the ranks of a node first exchange
+    their rows for those of all of them with some heads, and each row of these heads goes to the nodes that attend it.
 
     Args:
         q: Queries of the local rows, shape ``(local_seqlen_q, num_heads_q, head_dim)``, fp32, fp64, bf16 or fp16.
@@ -449,8 +452,9 @@ def calc_attn(
             :func:`magi_attention.kernels.explain`.
         sink: An attention sink for each query head, shape ``(num_heads_q,)``, fp32 or of ``q``'s dtype, see
             :func:`~magi_attention.functional.flex_flash_attn.flex_flash_attn_func`. Its gradient on each rank is the
-            sum over that rank's rows. The ranks' gradients add up to the whole, as those of every weight behind the
-            dispatch do: sum them over the group.
+            sum over that rank's rows (with ``intra_node="heads"`` over the rows and heads that it attends with). The
+            ranks' gradients add up to the whole, as those of every weight behind the dispatch do: sum them over the
+            group.
         return_max_logits: Whether to return ``max_logits``, too, which costs an all-reduce of ``num_heads_q`` numbers.
 
     Returns:
@@ -465,18 +469,26 @@ def calc_attn(
         TypeError: If ``key`` is no key, q, k and v are no floating-point tensors of one dtype, or an option has the
             wrong type.
         ValueError: If shapes do not fit together or to the key, an option is out of bounds, no engine computes such
-            attention, the key's plan was evicted, or the ranks made the key from different masks.
+            attention, the ranks of a node cannot share the heads though they should, the key's plan was evicted, or the
+            ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
     check_qkv(q, k, v)
     check_sink(sink, q)
-    _check_rows("q", q, runtime.plan.local_seqlen_q, f"local {_rows_of(key, 'q')}")
-    for name, tensor in (("k", k), ("v", v)):
-        _check_rows(name, tensor, runtime.plan.local_seqlen_k, f"local {_rows_of(key, 'k')}")
+    if runtime.splits_heads:
+        check_heads(q.shape[1], k.shape[1], runtime.cp_group.intra.size())
+    sides: tuple[tuple[str, torch.Tensor, Side], ...] = (("q", q, "q"), ("k", k, "k"), ("v", v, "k"))
+    for name, tensor, side in sides:
+        rows = _of_side(runtime, side).local_seqlens[runtime.rank]
+        _check_rows(name, tensor, rows, f"local {_rows_of(key, side)}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     params = AttnParams(scale, softcap, deterministic, sm_margin, return_max_logits)
     program = runtime.program(choose_engine(q.device, q.dtype, q.shape[2], engine), q.device)
-    results: tuple[torch.Tensor, ...] = DistAttn.apply(q, k, v, program, params, sink)
+    results: tuple[torch.Tensor, ...]
+    if runtime.splits_heads:
+        results = attend_by_heads(q, k, v, runtime, program, params, sink)
+    else:
+        results = DistAttn.apply(q, k, v, program, params, sink)
     if return_max_logits:
         dist.all_reduce(results[2], dist.ReduceOp.MAX, group=runtime.group)
     return results
@@ -498,7 +510,7 @@ def get_position_ids(key: DistAttnRuntimeKey, *, side: Side = "q") -> torch.Tens
         ValueError: If ``side`` is unknown, or the key's plan was evicted.
     """
     runtime = runtimes.get(key)
-    positions = torch.from_numpy(_of_side(runtime.plan, side).position_ids(runtime.plan.rank))
+    positions = torch.from_numpy(_of_side(runtime, side).position_ids(runtime.rank))
     return positions.to(position_device(runtime.group))
 
 
@@ -530,12 +542,12 @@ def _new_sources(is_same_source: bool, is_k_permutable: bool) -> Sources | None:
     return None if is_same_source else sources
 
 
-def _of_side(plan: RankPlan, side: Side) -> DispatchPlan:
+def _of_side(runtime: DistAttnRuntime, side: Side) -> DispatchPlan:
     match side:
         case "q":
-            return plan.dispatch
+            return runtime.dispatch
         case "k":
-            return plan.dispatch_k
+            return runtime.dispatch_k
         case _:
             raise ValueError(f"side must be 'q' or 'k', not {side!r}")
 

@@ -46,7 +46,7 @@ def roll(x: torch.Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> torc
     shift, dim = as_int(shift, "shift"), as_int(dim, "dim")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
-    local_seqlen = runtime.plan.local_seqlen_q
+    local_seqlen = runtime.dispatch.local_seqlens[runtime.rank]
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != local_seqlen:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but the key is for {local_seqlen} local rows in dimension dim = {dim}"

@@ -16,7 +16,7 @@ from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.dense_oracle import dense_attention
 from magi_attention.testing.error_bound import beyond_bound
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 HEAD_DIMS = (64, 128, 256)
 CU_SEQLENS = [0, 1, 71, 200, 256]

@@ -172,8 +172,13 @@ class AttnPlan:
 
         Raises:
             TypeError: If the sizes are no integers.
-            ValueError: If they do not multiply to the number of ranks.
+            ValueError: If they do not multiply to the number of ranks, or the ranks of a node split heads.
         """
+        if mesh_shape is not None and self.config.intra_node == "heads":
+            raise ValueError(
+                f"a plan with intra_node='heads' is over nodes, here {self.cp_size}, whose rows travel in one level: "
+                "hand it over as it is, without on_mesh"
+            )
         mesh = None if mesh_shape is None else MeshShape.of(mesh_shape, self.cp_size)
         if mesh is None or not mesh.has_two_levels:
             return self
@@ -198,10 +203,11 @@ def plan_attention(
 
     Args:
         mask: The global mask.
-        cp_size: Number of ranks.
+        cp_size: Number of ranks; of nodes for ``DistAttnConfig(intra_node="heads")``.
         chunk_size: Rows in a chunk, the unit that is given to ranks.
         pad_size: Rows of padding at the end of the queries; the padded length must be a multiple of
-            ``cp_size * chunk_size``, unless ``config`` has ``DispatchConfig(uneven=True)``. None for the fewest.
+            ``cp_size * chunk_size``, unless ``config`` has ``DispatchConfig(uneven=True)``. None for the fewest. A plan
+            over nodes needs what :func:`~magi_attention.api.functools.compute_pad_size` gives for all ranks.
         config: How to balance and to split into stages; None for the defaults.
         sources: Where queries and keys come from; by default self-attention.
 
@@ -313,6 +319,11 @@ def check_new_mask(
         raise ValueError(
             f"dist_attn_config has {config.dispatch_config!r}, but the rows were dispatched with "
             f"{plan.config.dispatch_config!r}, which a new mask cannot change"
+        )
+    if config.intra_node != plan.config.intra_node:
+        raise ValueError(
+            f"dist_attn_config has intra_node={config.intra_node!r}, but the rows were dispatched with "
+            f"{plan.config.intra_node!r}, which a new mask cannot change"
         )
     dispatched_for = plan.mask if plan.dispatch_of is None else plan.dispatch_of
     is_its_own = sources == plan.sources and mask == dispatched_for

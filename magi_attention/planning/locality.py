@@ -22,19 +22,24 @@ from magi_attention.planning.load_balance import (
     min_heap,
     rank_areas,
 )
+from magi_attention.planning.numbering import number_along_sequence
 from magi_attention.planning.runs import GroupedRuns
+from magi_attention.planning.send_balance import balance_sends
 
 
 def locality(work: ChunkWork, cp_size: int, tolerance: float) -> IntArray:
     """Few rows moved, with the most loaded rank at most ``1 + tolerance`` above the mean where the chunks allow it.
 
     Never worse than :func:`~magi_attention.planning.load_balance.min_heap`: where the heap's own balance lies above the
-    tolerance it is the limit instead, and where peeling moves more rows, the heap's assignment is the answer.
+    tolerance it is the limit instead, and where peeling moves more rows, the heap's assignment is taken. Sends are evened
+    out and ranks numbered along the sequence afterwards.
     """
     heap = min_heap(work, cp_size)
     limit = max((1 + tolerance) * int(work.areas.sum()) / cp_size, int(rank_areas(work, heap, cp_size).max()))
     owner = _deal_anew(work, _even_out(work, _peel(work, cp_size, tolerance / 2), cp_size, limit), cp_size, limit)
-    return owner if work.rows_moved(owner) <= work.rows_moved(heap) else heap
+    most_rows = work.rows_moved(heap)
+    owner = owner if work.rows_moved(owner) <= most_rows else heap
+    return number_along_sequence(work, balance_sends(work, owner, cp_size, limit, most_rows), cp_size)
 
 
 def _peel(work: ChunkWork, cp_size: int, slack: float) -> IntArray:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from magi_attention.comm.exchange import Exchange, Reduce
+from magi_attention.comm.exchange import Cast, Exchange, Reduce
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.runtime.runtime import RankProgram
@@ -35,24 +35,25 @@ class Stage(NamedTuple):
     alone: bool
 
 
-def attended_stages(k: torch.Tensor, v: torch.Tensor, program: RankProgram) -> Iterator[Stage]:
-    """The rank's own keys and values, then those of each stage as they arrive.
+def start_cast(number: int, k: torch.Tensor, v: torch.Tensor, program: RankProgram) -> Cast | None:
+    """Start sending keys and values for the ``number``-th stage, counted from 1; None behind the last."""
+    if number > len(program.stages):
+        return None
+    with span(f"cast {number}"):
+        return program.stages[number - 1].exchange.cast((k, v))
 
-    While the caller computes with one stage, the rows of the next are under way.
+
+def all_stages(upcoming: Cast | None, k: torch.Tensor, v: torch.Tensor, program: RankProgram) -> Iterator[Stage]:
+    """The rank's own keys and values, then those of each stage as they arrive, the first of which are under way.
+
+    While the caller computes with one stage, the rows of the next travel.
     """
-
-    def cast(number: int) -> Any:
-        if number > len(program.stages):
-            return None
-        with span(f"cast {number}"):
-            return program.stages[number - 1].exchange.cast((k, v))
-
-    upcoming = cast(1)
     if program.blocking and upcoming is not None:
         upcoming.transfer.wait()
-    yield Stage("own keys", None, program.local, k, v, alone=upcoming is None or program.blocking)
+    yield Stage("own keys", None, program.local, k, v, alone=program.blocking or upcoming is None)
     for number, stage in enumerate(program.stages, 1):
-        current, upcoming = upcoming, cast(number + 1)
+        current, upcoming = upcoming, start_cast(number + 1, k, v, program)
+        assert current is not None
         with span(f"wait for cast {number}"):
             stage_k, stage_v = current.wait()
         del current  # and with it the memory of what was sent
@@ -82,8 +83,9 @@ class DistAttn(torch.autograd.Function):
         params: AttnParams,
         sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
+        upcoming = start_cast(1, k, v, program)
         state: State | None = None
-        for stage in attended_stages(k, v, program):
+        for stage in all_stages(upcoming, k, v, program):
             with span(f"forward {stage.name}"):
                 stage_params = beside_transfers(params, stage.alone)
                 state = program.engine.forward(q, stage.k, stage.v, stage.schedule, stage_params, state, sink)
@@ -106,12 +108,13 @@ class DistAttn(torch.autograd.Function):
         q, k, v, sink, out, lse = ctx.saved_tensors
         program, params = ctx.program, ctx.params
         engine = program.engine
+        upcoming = start_cast(1, k, v, program)
         query_grads = engine.start_backward(out, dout, lse, dlse, params)
         dtype = None if program.stages else k.dtype  # parts are added up before rounding
         wire_dtype = k.dtype if program.rounds_grads else None
         key_grads: tuple[torch.Tensor, torch.Tensor] | None = None
         homeward: Reduce | None = None
-        for stage in attended_stages(k, v, program):
+        for stage in all_stages(upcoming, k, v, program):
             with span(f"backward {stage.name}"):
                 stage_params = beside_transfers(params, stage.alone and homeward is None)
                 part = engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.comm import Exchange, FlatExchange, HierarchicalExchange, RowExchange
+from magi_attention.config import IntraNode
 from magi_attention.planning import GroupCollectivePlan
 from magi_attention.planning.two_level import MeshShape, TwoLevelPlan
 from magi_attention.runtime.side_groups import transfer_group
@@ -19,8 +20,8 @@ class CpGroup:
 
     Attributes:
         flat: All of them, node by node.
-        levels: On several nodes of several ranks, the ranks with this rank's place, one in each node, and the ranks of
-            this rank's node; None where rows travel in one level.
+        levels: The ranks with this rank's place, one in each node, and the ranks of this rank's node; None where
+            nodes make no difference.
     """
 
     flat: dist.ProcessGroup
@@ -37,8 +38,35 @@ class CpGroup:
 
     @property
     def mesh_shape(self) -> MeshShape | None:
-        """Nodes, and ranks in each; None where rows travel in one level."""
+        """Nodes, and ranks in each; None where nodes make no difference."""
         return None if self.levels is None else MeshShape(*(group.size() for group in self.levels))
+
+    @property
+    def intra(self) -> dist.ProcessGroup:
+        """The ranks of this rank's node."""
+        assert self.levels is not None
+        return self.levels[1]
+
+    def with_levels_for(self, intra_node: IntraNode) -> "CpGroup":
+        """These ranks, with their levels only if those make a difference.
+
+        Raises:
+            ValueError: If the ranks of a node are to split heads and there are no nodes.
+        """
+        if intra_node == "heads" and self.levels is None:
+            raise ValueError(
+                "intra_node='heads' needs a cp_mesh of two axes, nodes and the ranks in each, such as "
+                f"init_hierarchical_mesh({self.size()}, nodes, ranks_per_node), not a group without nodes"
+            )
+        is_used = intra_node == "heads" or (self.mesh_shape is not None and self.mesh_shape.has_two_levels)
+        return self if is_used else CpGroup(self.flat)
+
+    def planned_for(self, intra_node: IntraNode) -> "CpGroup":
+        """The ranks that a plan is over: all, or, where the ranks of a node split heads, one of each node."""
+        if intra_node == "sequence":
+            return self
+        assert self.levels is not None
+        return CpGroup(self.levels[0])
 
     def exchange(self, plan: GroupCollectivePlan | TwoLevelPlan, device: torch.device) -> Exchange:
         """Make a stage's transfers ready for a device."""
@@ -80,7 +108,7 @@ def _of_mesh(mesh: DeviceMesh) -> CpGroup:
     if mesh.mesh_dim_names is None:
         raise ValueError("a cp_mesh of more than one axis needs mesh_dim_names, so that its axes can be joined")
     flat = mesh._flatten().get_group()
-    if mesh.ndim > 2 or min(mesh.shape) == 1:
+    if mesh.ndim > 2:
         return CpGroup(flat)
     inter, intra = mesh.get_group(0), mesh.get_group(1)
     ranks = np.array(dist.get_process_group_ranks(flat)).reshape(mesh.shape)

@@ -1,7 +1,7 @@
 """Heads as a second axis: the ranks of a node exchange rows for heads, attend, and exchange back.
 
 Between nodes the sequence is split, as the plan says; inside a node the heads are, as in DeepSpeed-Ulysses
-(https://arxiv.org/abs/2309.14509). Before attention a rank has some rows of its node with all heads, and during
+(https://arxiv.org/abs/2309.14509). Before and after attention a rank has some rows of its node with all heads, during
 attention all rows of its node with some heads.
 """
 
@@ -15,6 +15,7 @@ from magi_attention.comm.row_exchange import Transfer, exchange
 from magi_attention.kernels.params import AttnParams
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.runtime import DistAttnRuntime, RankProgram
+from magi_attention.runtime.spans import span
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class NodeRows:
 
     def join(self, arrived: torch.Tensor) -> torch.Tensor:
         """This rank's rows of all heads."""
-        return arrived.unflatten(0, (len(self.counts), self._mine)).transpose(0, 1).flatten(1, 2)
+        return arrived.unflatten(0, (len(self.counts), self._mine)).transpose(0, 1).flatten(1, 2).contiguous()
 
     @property
     def _mine(self) -> int:
@@ -57,8 +58,9 @@ class SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: tuple[NodeRows, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.rows = rows
-        transfers = [r.split_heads(x) for r, x in zip(rows, tensors, strict=True)]
-        return tuple(transfer.wait() for transfer in transfers)
+        with span("split heads"):
+            transfers = [r.split_heads(x) for r, x in zip(rows, tensors, strict=True)]
+            return tuple(transfer.wait() for transfer in transfers)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -71,8 +73,9 @@ class JoinHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: tuple[NodeRows, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.rows = rows
-        transfers = [r.join_heads(x) for r, x in zip(rows, tensors, strict=True)]
-        return tuple(r.join(transfer.wait()) for r, transfer in zip(rows, transfers, strict=True))
+        with span("join heads"):
+            transfers = [r.join_heads(x) for r, x in zip(rows, tensors, strict=True)]
+            return tuple(r.join(transfer.wait()) for r, transfer in zip(rows, transfers, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -83,8 +86,8 @@ def check_heads(heads_q: int, heads_kv: int, ranks_per_node: int) -> None:
     """Refuse heads that the ranks of a node cannot share.
 
     Raises:
-        ValueError: If the ranks cannot have equal numbers of query heads, or a rank's would attend a part of the KV
-            heads that no other rank's do, and a part that others' do.
+        ValueError: If they cannot have equal numbers of query heads, with either whole KV heads of their own or one KV
+            head that as many ranks share as any other.
     """
     if heads_q % ranks_per_node or (heads_kv % ranks_per_node and ranks_per_node % heads_kv):
         raise ValueError(
@@ -98,10 +101,10 @@ def attend_by_heads(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    sink: torch.Tensor | None,
     runtime: DistAttnRuntime,
     program: RankProgram,
     params: AttnParams,
+    sink: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """What :class:`~magi_attention.runtime.dist_attn.DistAttn` gives, for local rows of all heads.
 
@@ -109,10 +112,11 @@ def attend_by_heads(
     """
     group = runtime.cp_group.intra
     size, place = group.size(), group.rank()
+    node = slice(runtime.rank - place, runtime.rank - place + size)
+    rows_q, rows_k = (NodeRows(plan.local_seqlens[node], group) for plan in (runtime.dispatch, runtime.dispatch_k))
     # Ranks that share a KV head each get it, and its gradient is the sum of theirs.
     copies = max(1, size // k.shape[1])
     k, v = (x.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2) for x in (k, v))
-    rows_q, rows_k = (NodeRows(runtime.node_rows(plan), group) for plan in (runtime.dispatch, runtime.dispatch_k))
     q, k, v = SplitHeads.apply((rows_q, rows_k, rows_k), q, k, v)
     sink = None if sink is None else sink.chunk(size)[place]
     out, lse, *max_logits = DistAttn.apply(q, k, v, program, params, sink)

@@ -25,7 +25,7 @@ class DistAttnRuntimeKey:
         group_name: Name of the process group.
         config: The configuration.
         dispatch_of: The mask that the chunks of queries were given to ranks for; None for ``mask`` itself.
-        mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
+        mesh_shape: Nodes, and ranks in each; None where nodes make no difference.
         sources: Where queries and keys come from.
     """
 

@@ -8,6 +8,7 @@ from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.integers import as_int
 from magi_attention.planning import AttnPlan, RankPlan, Sources, plan_attention, plan_new_mask
 from magi_attention.planning.attn_plan import check_new_mask
+from magi_attention.planning.chunking import check_pad_size
 from magi_attention.planning.sources import SELF_ATTENTION
 from magi_attention.runtime.agreement import start_agreement
 from magi_attention.runtime.cache import runtimes
@@ -29,18 +30,22 @@ def make_key(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If sizes don't fit together, or ``plan`` was made from other arguments.
+        ValueError: If sizes don't fit together, ``config`` needs nodes that ``group`` does not have, or ``plan`` was
+            made from other arguments.
     """
     _check_types(config, plan)
     pad_size, chunk_size = as_int(pad_size, "pad_size"), as_int(chunk_size, "chunk_size")
-    mesh_shape = group.mesh_shape
+    group = group.with_levels_for(config.intra_node)
+    mesh_shape, planned = group.mesh_shape, group.planned_for(config.intra_node)
     key = DistAttnRuntimeKey(
         mask, pad_size, chunk_size, group.ranks, group.flat.group_name, config, mesh_shape=mesh_shape, sources=sources
     )
+    if planned != group:  # what is enough for nodes need not be for their ranks
+        check_pad_size(mask.total_seqlen_q, group.size(), chunk_size, pad_size, config.dispatch_config.uneven)
 
     def make_plan() -> AttnPlan:
-        made = plan_attention(mask, group.size(), chunk_size, pad_size, config, sources=sources)
-        return made.on_mesh(mesh_shape)
+        made = plan_attention(mask, planned.size(), chunk_size, pad_size, config, sources=sources)
+        return made.on_mesh(planned.mesh_shape)
 
     return _enter(key, group, plan, make_plan)
 
@@ -86,10 +91,10 @@ def _enter(
     """Put a key's plan into the cache unless it is there, and start comparing the key among the ranks."""
     runtime = runtimes.find(key)
     if runtime is None or runtime.cp_group != group:  # a group made anew may bear the name of one that was destroyed
-        rank = group.flat.rank()
+        planned = group.planned_for(key.config.intra_node)
         plan = make_plan() if plan is None else plan
-        rank_plan = plan.rank(rank) if isinstance(plan, AttnPlan) else plan
-        _check_plan(rank_plan, key, rank)
+        rank_plan = plan.rank(planned.flat.rank()) if isinstance(plan, AttnPlan) else plan
+        _check_plan(rank_plan, key, planned)
         runtime = DistAttnRuntime(rank_plan, group)
         runtimes.put(key, runtime)
     if key.cp_size > 1:
@@ -97,17 +102,17 @@ def _enter(
     return key
 
 
-def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, rank: int) -> None:
+def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, ranks: CpGroup) -> None:
     """Refuse a plan made ahead from other arguments."""
     for name, planned, wanted in (
         ("mask", plan.mask, key.mask),
-        ("cp_size", plan.dispatch.cp_size, key.cp_size),
-        ("rank", plan.rank, rank),
+        ("cp_size", plan.dispatch.cp_size, ranks.size()),
+        ("rank", plan.rank, ranks.flat.rank()),
         ("chunk_size", plan.dispatch.chunk_size, key.chunk_size),
         ("pad_size", plan.dispatch.pad_size, key.pad_size),
         ("config", plan.config, key.config),
         ("dispatch_of", plan.dispatch_of, key.dispatch_of),
-        ("mesh_shape", plan.mesh_shape, key.mesh_shape),
+        ("mesh_shape", plan.mesh_shape, ranks.mesh_shape),
         ("sources", plan.sources, key.sources),
     ):
         if planned != wanted:

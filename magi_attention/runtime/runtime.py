@@ -1,6 +1,7 @@
 """DistAttnRuntime: a rank's plan, its process group, and the plan made ready for a device."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from magi_attention.comm import Exchange
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.parts import make_parts
-from magi_attention.planning import RankPlan
+from magi_attention.planning import DispatchPlan, RankPlan
+from magi_attention.planning.node_shares import cut_among_ranks
 from magi_attention.planning.roll_plan import plan_roll
 from magi_attention.runtime.agreement import Agreement
 from magi_attention.runtime.groups import CpGroup
@@ -63,7 +65,7 @@ class DistAttnRuntime:
     """What a key stands for on this rank.
 
     Attributes:
-        plan: This rank's plan.
+        plan: This rank's plan; its node's where the ranks of a node split heads.
         cp_group: The context-parallel process groups.
         programs: The plan made ready, by engine name and device; filled at first use.
         rolls: Shifts made ready, by number of places and device; filled at first use.
@@ -81,6 +83,26 @@ class DistAttnRuntime:
         """The group of all context-parallel ranks."""
         return self.cp_group.flat
 
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        return self.group.rank()
+
+    @cached_property
+    def dispatch(self) -> DispatchPlan:
+        """The chunks of queries of all ranks."""
+        return self._of_ranks(self.plan.dispatch)
+
+    @cached_property
+    def dispatch_k(self) -> DispatchPlan:
+        """The chunks of keys of all ranks; ``dispatch`` itself where they are of the same source."""
+        return self.dispatch if self.plan.dispatch_k is self.plan.dispatch else self._of_ranks(self.plan.dispatch_k)
+
+    @property
+    def splits_heads(self) -> bool:
+        """Whether the ranks of a node split heads."""
+        return self.plan.config.intra_node == "heads"
+
     def settle_agreements(self) -> None:
         """Raise ValueError, on every rank, when the ranks made this key from different masks."""
         while self.agreements:
@@ -91,12 +113,16 @@ class DistAttnRuntime:
         """The plan made ready for an engine and a device."""
         name = (engine.name, device)
         if name not in self.programs:
-            self.programs[name] = RankProgram.prepare(self.plan, self.cp_group, engine, device)
+            planned = self.cp_group.planned_for(self.plan.config.intra_node)
+            self.programs[name] = RankProgram.prepare(self.plan, planned, engine, device)
         return self.programs[name]
 
     def roll(self, shift: int, device: torch.device) -> RollProgram:
         """A shift of the sequence made ready for a device."""
-        name = (shift % self.plan.dispatch.total_seqlen, device)
+        name = (shift % self.dispatch.total_seqlen, device)
         if name not in self.rolls:
-            self.rolls[name] = RollProgram.on_device(plan_roll(self.plan.dispatch, self.plan.rank, name[0]), device)
+            self.rolls[name] = RollProgram.on_device(plan_roll(self.dispatch, self.rank, name[0]), device)
         return self.rolls[name]
+
+    def _of_ranks(self, dispatch: DispatchPlan) -> DispatchPlan:
+        return cut_among_ranks(dispatch, self.cp_group.intra.size()) if self.splits_heads else dispatch

@@ -92,14 +92,18 @@ CASES = {
 }
 
 
+NUMBERED_SWITCHES = ("PART", "MEMBERS")
+"""Compile-time arguments that are numbers and change what a kernel does, not only how large its tiles are."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A kernel as the compiler left it.
 
     Attributes:
         case: Where it is launched.
-        kernel: Its name, and which of its switches are on.
-        switches: Its compile-time arguments that are True or False.
+        kernel: Its name, and which of its switches are on, or what they are.
+        switches: Its compile-time arguments that are True or False, and those in ``NUMBERED_SWITCHES``.
         shared: Bytes of shared memory.
         spilled: Bytes that a thread stores to memory for want of registers.
         complaints: What the assembler warns of, and where it makes products of matrices wait (C7510 to C7518).
@@ -109,7 +113,7 @@ class Compiled:
 
     case: str
     kernel: str
-    switches: dict[str, bool]
+    switches: dict[str, int]
     shared: int
     spilled: int
     complaints: list[str]
@@ -168,11 +172,18 @@ def compile_launches(case: str, capability: int) -> Iterator[list[Compiled]]:
     def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
         with redirect_stdout(io.StringIO()) as log:
             binary = compile_or_launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+        numbered = {name: kwargs[name] for name in NUMBERED_SWITCHES if name in kwargs}
         switches = {name: value for name, value in kwargs.items() if isinstance(value, bool)}
-        label = " ".join([kernel.__name__, *(name for name, on in switches.items() if on)])
+        label = " ".join(
+            [
+                kernel.__name__,
+                *(name for name, on in switches.items() if on),
+                *(f"{name}={value}" for name, value in numbered.items()),
+            ]
+        )
         spilled, complaints = read_log(log.getvalue())
         loops = find_loops(binary.asm["cubin"]) if kernel.is_gluon() else []
-        compiled.append(Compiled(case, label, switches, binary.metadata.shared, spilled, complaints, loops))
+        compiled.append(Compiled(case, label, switches | numbered, binary.metadata.shared, spilled, complaints, loops))
         return mock.MagicMock()  # what is launched, if the caller asked to compile only
 
     multiprocessors = SimpleNamespace(multi_processor_count=132)

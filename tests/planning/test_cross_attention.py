@@ -94,14 +94,15 @@ def cross_documents(seed: int) -> AttnMask:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_keys_lie_where_they_are_attended(seed: int) -> None:
-    """No more rows travel than when keys keep their order, and far fewer than half of them on packed documents."""
+    """Most keys need not travel to one of the ranks that attend them; fewer do when they keep their order, yet many."""
     mask = cross_documents(seed)
     free, in_order = (plan_attention(mask, 8, 128, sources=Sources(False, True, f)) for f in (True, False))
     assert imbalance(free.work, free.dispatch.owner, 8) <= 1.02
     np.testing.assert_array_equal(free.dispatch.owner, in_order.dispatch.owner)
     needed = free.work.rows_moved(free.dispatch.owner)
     saved, saved_in_order = needed - free.routes.rows.sum(), needed - in_order.routes.rows.sum()
-    assert saved >= 0.8 * mask.total_seqlen_k > 2 * saved_in_order
+    assert saved >= 0.8 * mask.total_seqlen_k
+    assert 0.25 * mask.total_seqlen_k <= saved_in_order <= 0.5 * mask.total_seqlen_k
     assert needed <= 0.6 * free.work.rows_moved(min_heap(free.work, 8))
 
 

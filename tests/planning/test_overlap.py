@@ -19,8 +19,9 @@ from magi_attention.planning.routing import Routes
 from magi_attention.planning.timeline import predict_timeline
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
-from tests.planning.loop_simulator import Op, loop_program, simulate
-from tests.planning.test_plan_laws import (
+
+from .loop_simulator import Op, loop_program, simulate
+from .test_plan_laws import (
     check_every_cell_is_computed_once,
     check_rows_travel_only_where_attended,
     rows_of,

@@ -16,7 +16,8 @@ from magi_attention.planning.report import report_times
 from magi_attention.planning.timeline import PassTimeline, Timeline, chrome_trace, predict_timeline
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
-from tests.planning.loop_simulator import Op, loop_program, simulate
+
+from .loop_simulator import Op, loop_program, simulate
 
 # Two ranks, two stages. Rank 0 has much of its own, rank 1 little.
 BY_HAND = PassCosts(
