@@ -31,8 +31,8 @@ def locality(work: ChunkWork, cp_size: int, tolerance: float) -> IntArray:
     """Few rows moved, with the most loaded rank at most ``1 + tolerance`` above the mean where the chunks allow it.
 
     Never worse than :func:`~magi_attention.planning.load_balance.min_heap`: where the heap's own balance lies above the
-    tolerance it is the limit instead, and where peeling moves more rows, the heap's assignment is taken. Sends are evened
-    out and ranks numbered along the sequence afterwards.
+    tolerance it is the limit instead, and where peeling moves more rows, the heap's assignment is taken. Then sends are
+    evened out and ranks numbered along the sequence.
     """
     heap = min_heap(work, cp_size)
     limit = max((1 + tolerance) * int(work.areas.sum()) / cp_size, int(rank_areas(work, heap, cp_size).max()))
