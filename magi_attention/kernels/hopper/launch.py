@@ -1,6 +1,7 @@
 """From tensors and a schedule to the arguments of the kernels."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,8 +141,12 @@ def launch_backward(
     block_q = 64 if sizes.dim == 128 else 128
     walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device)
     members = members_of_items(walk, sizes.group)
+    sums: Sequence[torch.Tensor] | None = None
     if members < sizes.group:
-        sums = torch.zeros(2, num_keys, sizes.heads_kv, sizes.dim, dtype=torch.float32, device=k.device)
+        if dk.dtype == torch.float32 and sizes.head_dim == sizes.dim:
+            sums = dk.zero_(), dv.zero_()
+        else:
+            sums = torch.zeros(2, *dk.shape[:2], sizes.dim, dtype=torch.float32, device=k.device).unbind()
         k_descs: list[Tiles | None] = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
     else:
         k_descs = [tiles(x, (CONSUMER_ROWS, 1, sizes.dim)) if x.dtype == k.dtype else None for x in results]
@@ -173,7 +178,7 @@ def launch_backward(
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
     )
-    if members < sizes.group:
+    if sums is not None and sums[0] is not dk:
         launch_finish(sums[0], dk, 1.0)
         launch_finish(sums[1], dv, 1.0)
 
