@@ -50,18 +50,6 @@ class Interface:
     ): ...  # fmt: skip
 
     @staticmethod
-    def make_varlen_key_for_new_mask_after_dispatch(
-        cu_seqlens_q, cu_seqlens_k, key_for_dispatch, causal=False, window_size=(-1, -1), dist_attn_config=None,
-        *, is_same_source=True, is_k_permutable=True, plan=None,
-    ): ...  # fmt: skip
-
-    @staticmethod
-    def make_flex_key_for_new_mask_after_dispatch(
-        q_ranges, k_ranges, attn_mask_type, key_for_dispatch, dist_attn_config=None,
-        *, total_seqlen_k=None, is_same_source=True, is_k_permutable=True, plan=None,
-    ): ...  # fmt: skip
-
-    @staticmethod
     def dispatch(x, key, *, side="q", grad="replicated"): ...
 
     @staticmethod
@@ -105,11 +93,28 @@ class FlexFlashAttn:
     ): ...  # fmt: skip
 
 
+class NewMask:
+    """Those of `magi_attention.api.new_mask`."""
+
+    @staticmethod
+    def make_varlen_key_for_new_mask_after_dispatch(
+        cu_seqlens_q, cu_seqlens_k, key_for_dispatch, causal=False, window_size=(-1, -1), dist_attn_config=None,
+        *, is_same_source=True, is_k_permutable=True, plan=None,
+    ): ...  # fmt: skip
+
+    @staticmethod
+    def make_flex_key_for_new_mask_after_dispatch(
+        q_ranges, k_ranges, attn_mask_type, key_for_dispatch, dist_attn_config=None,
+        *, total_seqlen_k=None, is_same_source=True, is_k_permutable=True, plan=None,
+    ): ...  # fmt: skip
+
+
 PUBLISHED = [
     (module, name, getattr(signatures, name))
     for module, signatures in [
         ("magi_attention.api.magi_attn_interface", Interface),
         ("magi_attention.api.functools", Functools),
+        ("magi_attention.api.new_mask", NewMask),
         ("magi_attention.api.roll", Roll),
         ("magi_attention.functional.flex_flash_attn", FlexFlashAttn),
     ]

@@ -22,10 +22,12 @@ from magi_attention.api.magi_attn_interface import (
     magi_attn_flex_key,
     magi_attn_varlen_dispatch,
     magi_attn_varlen_key,
-    make_flex_key_for_new_mask_after_dispatch,
-    make_varlen_key_for_new_mask_after_dispatch,
     set_plan_cache_capacity,
     undispatch,
+)
+from magi_attention.api.new_mask import (
+    make_flex_key_for_new_mask_after_dispatch,
+    make_varlen_key_for_new_mask_after_dispatch,
 )
 from magi_attention.api.roll import roll
 from magi_attention.config import (

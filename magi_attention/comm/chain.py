@@ -3,9 +3,9 @@
 What that takes depends on the device, and this is the only place that knows.
 
 On CUDA, waiting for a transfer holds up a stream and not the host. So the step is enqueued at once, on a stream beside
-the one that computes, and runs when the transfers are through. Its kernels need multiprocessors: leave them some
-(``sm_margin``), or they come when the kernel that computes ends. On the CPU waiting holds up the caller, so the step is
-taken when its result is asked for, and only the transfers before it run beside the computation.
+the one that computes, and runs when the transfers are through and multiprocessors are free. On the CPU waiting holds up
+the caller, so the step is taken when its result is asked for, and only the transfers before it run beside the
+computation.
 """
 
 from collections.abc import Callable
