@@ -9,7 +9,7 @@ import torch.distributed as dist
 from magi_attention.comm.chain import Chain, chain
 from magi_attention.comm.group_cast import group_cast
 from magi_attention.comm.group_reduce import GroupReduce, group_reduce
-from magi_attention.comm.row_exchange import RowExchange, exchange, pack, unpack
+from magi_attention.comm.row_exchange import RowExchange, copy_indices, exchange, pack, unpack
 from magi_attention.planning.two_level import TwoLevelPlan
 
 
@@ -67,10 +67,8 @@ class HierarchicalExchange:
     ) -> "HierarchicalExchange":
         """Copy a routing to a device, once for all calls."""
         crossing, direct, relay = (RowExchange.on_device(x, device) for x in (plan.crossing, plan.direct, plan.relay))
-        recv_order, wire_order = (
-            None if order is None else torch.from_numpy(order).to(device, torch.int32)
-            for order in (plan.recv_order, plan.wire_order)
-        )
+        orders = [x for x in (plan.recv_order, plan.wire_order) if x is not None]
+        recv_order, wire_order = copy_indices(orders, device) if orders else (None, None)
         return cls(crossing, direct, relay, recv_order, wire_order, inter, intra)
 
     def cast(self, tensors: Sequence[torch.Tensor]) -> HierarchicalCast:

@@ -35,7 +35,7 @@ class RowExchange:
     def on_device(cls, plan: GroupCollectivePlan, device: torch.device) -> "RowExchange":
         """Copy a routing to a device, once for all calls."""
         orders = [x for x in (plan.recv_order, plan.wire_order) if x is not None]
-        send_rows, rows, offsets, order, *orders_there = _copy_indices(
+        send_rows, rows, offsets, order, *orders_there = copy_indices(
             [plan.send_rows, *group_parts(plan.send_rows), *orders], device
         )
         recv_order, wire_order = orders_there or (None, None)
@@ -43,7 +43,7 @@ class RowExchange:
         return cls(send_rows, plan.send_counts, plan.recv_counts, recv_order, wire_order, sums)
 
 
-def _copy_indices(indices: Sequence[IntArray], device: torch.device) -> tuple[torch.Tensor, ...]:
+def copy_indices(indices: Sequence[IntArray], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Copy all at once, as int32: no tensor has more rows than that can count."""
     host = torch.from_numpy(np.concatenate(indices, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":

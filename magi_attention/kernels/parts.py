@@ -72,6 +72,20 @@ class State(NamedTuple):
     sums: torch.Tensor | None
     row_max: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls, q: torch.Tensor, part: Part | None, with_max: bool) -> "State":
+        """Memory for the state of ``q`` after the first part, or for all keys at once if ``part`` is None.
+
+        Args:
+            q: Queries, ``(num_rows, heads_q, head_dim)``, whose accumulation type is float32.
+            part: The first part.
+            with_max: Whether the highest scores are asked for.
+        """
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        sums = None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32)
+        return cls(out, lse, sums, torch.empty_like(lse) if with_max else None)
+
     def max_logits(self) -> torch.Tensor:
         """The highest score of each head, ``(heads_q,)``, of those that are asked for."""
         assert self.row_max is not None

@@ -8,7 +8,7 @@ import numpy as np
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, area, crop
 from magi_attention.mask.integers import as_int
-from magi_attention.planning.runs import GroupedRuns
+from magi_attention.planning.runs import GroupedRuns, sum_by_group
 
 
 def compute_pad_size(total_seqlen_q: int, cp_size: int, chunk_size: int) -> int:
@@ -111,7 +111,7 @@ class ChunkWork:
 
     def sum_by_chunk(self, per_run: IntArray) -> IntArray:
         """Add up a number given for each run of ``needs``."""
-        return np.bincount(self.needs.group, weights=per_run, minlength=self.num_chunks).astype(np.int64)
+        return sum_by_group(self.needs.group, per_run, self.num_chunks)
 
     def needs_of(self, owner: IntArray) -> GroupedRuns:
         """The keys that each rank attends when ``owner[c]`` has chunk ``c``; a group is a rank."""

@@ -17,7 +17,7 @@ from magi_attention.planning.chunking import ChunkWork
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.load_balance import rank_areas
 from magi_attention.planning.routing import Routes
-from magi_attention.planning.runs import GroupedRuns
+from magi_attention.planning.runs import GroupedRuns, sum_by_group
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -55,7 +55,7 @@ class StageWork:
         group = arriving.group[in_order[run]]
 
         def by_stage(group: IntArray, numbers: IntArray) -> IntArray:
-            total = np.bincount(group, weights=numbers, minlength=cp_size * num_stages).astype(np.int64)
+            total = sum_by_group(group, numbers, cp_size * num_stages)
             return np.ascontiguousarray(total.reshape(cp_size, num_stages).T)
 
         areas = by_stage(group, area(pieces))

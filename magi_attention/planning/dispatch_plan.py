@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from magi_attention.mask.bands import IntArray, ranges_to_indices
+from magi_attention.planning.runs import sum_by_group
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,7 @@ class DispatchPlan:
     @cached_property
     def local_seqlens(self) -> tuple[int, ...]:
         """Rows on each rank, ``(cp_size,)``."""
-        rows = np.bincount(self.owner, weights=self._chunk_rows, minlength=self.cp_size)
-        return tuple(rows.astype(np.int64).tolist())
+        return tuple(sum_by_group(self.owner, self._chunk_rows, self.cp_size).tolist())
 
     @property
     def local_seqlen(self) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 
 from magi_attention.mask.bands import IntArray, ranges_to_indices
 from magi_attention.planning.dispatch_plan import DispatchPlan
+from magi_attention.planning.routing import count_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,7 @@ def plan_roll(dispatch: DispatchPlan, rank: int, shift: int) -> RollPlan:
         return ranges_to_indices(dispatch.local_start(global_start[runs]), rows[runs])
 
     def counts(ranks: IntArray, runs: IntArray) -> tuple[int, ...]:
-        per_rank = np.bincount(ranks[runs], weights=rows[runs], minlength=dispatch.cp_size)
-        return tuple(per_rank.astype(np.int64).tolist())
+        return count_rows(ranks[runs], rows[runs], dispatch.cp_size)
 
     stay = np.flatnonzero((before == rank) & (behind == rank))
     sent = np.flatnonzero((before == rank) & (behind != rank))

@@ -7,7 +7,7 @@ import numpy as np
 
 from magi_attention.mask.bands import IntArray, merge_runs, ranges_to_indices, run_offsets
 from magi_attention.planning.dispatch_plan import DispatchPlan
-from magi_attention.planning.runs import GroupedRuns, cut_at
+from magi_attention.planning.runs import GroupedRuns, cut_at, sum_by_group
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Routes:
         receiver, owner, start, end = receiver[remote], owner[remote], start[remote], end[remote]
         if not len(start):
             return cls(receiver, owner, start, end, start, 0)
-        received = np.bincount(receiver, weights=end - start, minlength=dispatch.cp_size).astype(np.int64)
+        received = sum_by_group(receiver, end - start, dispatch.cp_size)
         borders, num_stages = _stage_borders(received, max_stages, min_rows)
         offset = run_offsets(np.stack((start, end), axis=1))[:-1]
         source, cut_start, cut_end, interval = cut_at(offset, offset + end - start, borders)
@@ -113,11 +113,11 @@ class Routes:
 
     def rows_received(self, cp_size: int) -> IntArray:
         """Rows that each rank receives, ``(cp_size,)``."""
-        return np.bincount(self.receiver, weights=self.rows, minlength=cp_size).astype(np.int64)
+        return sum_by_group(self.receiver, self.rows, cp_size)
 
     def rows_sent(self, cp_size: int) -> IntArray:
         """Rows that each rank sends, a row once for every rank it goes to, ``(cp_size,)``."""
-        return np.bincount(self.owner, weights=self.rows, minlength=cp_size).astype(np.int64)
+        return sum_by_group(self.owner, self.rows, cp_size)
 
 
 def _stage_borders(received: IntArray, max_stages: int, min_rows: int) -> tuple[IntArray, int]:
@@ -182,7 +182,7 @@ def route_stage(routes: Routes, dispatch: DispatchPlan, rank: int, stage: int) -
 
 def count_rows(rank: IntArray, rows: IntArray, num_ranks: int) -> tuple[int, ...]:
     """Rows of each rank, from the rank and the rows of each run."""
-    return tuple(np.bincount(rank, weights=rows, minlength=num_ranks).astype(np.int64).tolist())
+    return tuple(sum_by_group(rank, rows, num_ranks).tolist())
 
 
 def buffer_order(wire: IntArray, rows: IntArray) -> IntArray | None:

@@ -82,3 +82,8 @@ def cut_at(starts: IntArray, ends: IntArray, borders: IntArray) -> tuple[IntArra
         np.minimum(ends[source], borders[interval + 1]),
         interval,
     )
+
+
+def sum_by_group(group: IntArray, numbers: IntArray, num_groups: int) -> IntArray:
+    """The sum of each group's numbers, int64 ``(num_groups,)``; exact up to 2^53."""
+    return np.bincount(group, weights=numbers, minlength=num_groups).astype(np.int64)

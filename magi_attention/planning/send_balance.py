@@ -15,7 +15,7 @@ import numpy as np
 from magi_attention.mask.bands import IntArray
 from magi_attention.planning.chunking import ChunkWork
 from magi_attention.planning.load_balance import last_chunk_is_pinned, rank_areas
-from magi_attention.planning.runs import GroupedRuns
+from magi_attention.planning.runs import GroupedRuns, sum_by_group
 
 
 def balance_sends(work: ChunkWork, owner: IntArray, cp_size: int, area_limit: float, rows_limit: int) -> IntArray:
@@ -76,8 +76,8 @@ class _Traffic:
         return cls(
             needs,
             wanted,
-            _sum_by_rank(owner, wanted, cp_size),
-            _sum_by_rank(needs.group, needs.lengths, cp_size) - _sum_by_rank(owner, at_home, cp_size),
+            sum_by_group(owner, wanted, cp_size),
+            sum_by_group(needs.group, needs.lengths, cp_size) - sum_by_group(owner, at_home, cp_size),
         )
 
     def is_lighter(self, other: "_Traffic") -> bool:
@@ -118,16 +118,12 @@ def _rows_behind(starts: IntArray, borders: IntArray) -> IntArray:
     return count * borders - np.concatenate(([0], np.cumsum(starts)))[count]
 
 
-def _sum_by_rank(rank: IntArray, rows: IntArray, cp_size: int) -> IntArray:
-    return np.bincount(rank, rows, cp_size).astype(np.int64)
-
-
 def _beyond_ranks(work: ChunkWork, needs: GroupedRuns, chunk: int, cp_size: int) -> IntArray:
     """Keys that a chunk needs and each rank does not, ``(cp_size,)``."""
     runs = work.needs.runs[work.needs.group == chunk]
     rank = np.repeat(np.arange(cp_size), len(runs))
     starts, ends = np.tile(runs, (cp_size, 1)).T
-    return work.need_rows[chunk] - _sum_by_rank(rank, needs.covered(rank, starts, ends), cp_size)
+    return work.need_rows[chunk] - sum_by_group(rank, needs.covered(rank, starts, ends), cp_size)
 
 
 def _beyond_rank(work: ChunkWork, needs: GroupedRuns, rank: int) -> IntArray:

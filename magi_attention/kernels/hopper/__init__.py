@@ -63,11 +63,7 @@ def forward(
 
     is_later = state is not None
     if state is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        whole = schedule.part is None or schedule.part.is_last
-        sums = None if whole else torch.empty_like(out, dtype=torch.float32)
-        state = State(out, lse, sums, torch.empty_like(lse) if params.return_max_logits else None)
+        state = State.empty(q, schedule.part, params.return_max_logits)
     launch_forward(q, k, v, schedule, params, state, is_later, sink)
     return state
 

@@ -68,10 +68,7 @@ def forward(
 
     launch, part = Launch.of(q, k, v, schedule, params), schedule.part
     if state is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        sums = None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32)
-        state = State(out, lse, sums, torch.empty_like(lse) if params.return_max_logits else None)
+        state = State.empty(q, part, params.return_max_logits)
         launch_forward(launch, state, sink, merge=False)
         return state
     assert part is not None
