@@ -1,22 +1,26 @@
 """Side groups: more process groups of the same ranks, for what the one that users give does not do, or not as well.
 
 They are made at first use, by its ranks alone, and kept. To make one is a collective.
+
+``torch.distributed.new_group`` is not what makes them. Without ``use_local_synchronization`` all ranks of the job would
+have to call it, also those of other groups. With it, ranks wait for each other under a name that counts the groups each
+is in, so that two ranks of which one is in more groups wait for ever.
 """
 
 import atexit
-from typing import Any
+from datetime import timedelta
+from typing import Literal
 
+import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
 _groups: dict[tuple[dist.ProcessGroup, str], dist.ProcessGroup] = {}
-atexit.register(_groups.clear)  # before the interpreter is gone, see cache.py
 
 
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """For tensors on the CPU; ``group`` itself if it takes them."""
-    if "cpu:" in str(dist.get_backend_config(group)):
-        return group
-    return _side_group(group, "host", backend="gloo")
+    return group if "cpu:" in str(dist.get_backend_config(group)) else side_group(group, "gloo")
 
 
 def transfer_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -25,14 +29,40 @@ def transfer_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     Otherwise they would wait for the end of a kernel with more programs than there are multiprocessors, and the GPUs at
     the other ends with them.
     """
-    if "nccl" not in str(dist.get_backend_config(group)):
-        return group
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    return _side_group(group, "transfers", backend="nccl", pg_options=options)
+    return side_group(group, "nccl") if "nccl" in str(dist.get_backend_config(group)) else group
 
 
-def _side_group(group: dist.ProcessGroup, purpose: str, **how: Any) -> dist.ProcessGroup:
-    if (group, purpose) not in _groups:
-        ranks = dist.get_process_group_ranks(group)
-        _groups[group, purpose] = dist.new_group(ranks, use_local_synchronization=True, **how)
-    return _groups[group, purpose]
+def side_group(group: dist.ProcessGroup, backend: Literal["gloo", "nccl"]) -> dist.ProcessGroup:
+    """The side group with a backend: gloo, or NCCL with streams of high priority. Its timeout is that of ``group``."""
+    if (group, backend) not in _groups:
+        _groups[group, backend] = _make(group, backend)
+    return _groups[group, backend]
+
+
+def _make(group: dist.ProcessGroup, backend: Literal["gloo", "nccl"]) -> dist.ProcessGroup:
+    store = PrefixStore(f"magi_attention/{backend}", _get_process_group_store(group))
+    rank, size, timeout = group.rank(), group.size(), _timeout(group)
+    side = dist.ProcessGroup(store, rank, size)
+    if backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout
+        kind, device = dist.ProcessGroup.BackendType.NCCL, torch.device("cuda")
+        transport: dist.ProcessGroupNCCL | dist.ProcessGroupGloo = dist.ProcessGroupNCCL(store, rank, size, options)
+    else:
+        kind, device = dist.ProcessGroup.BackendType.GLOO, torch.device("cpu")
+        transport = dist.ProcessGroupGloo(store, rank, size, timeout)
+    side._set_default_backend(kind)
+    side._register_backend(device, kind, transport)
+    return side
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    device = torch.device("cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu")
+    return group._get_backend(device).options._timeout
+
+
+@atexit.register
+def _shut_down() -> None:
+    """Before the interpreter is gone, see cache.py; torch ends only groups that ``new_group`` made."""
+    while _groups:
+        _groups.popitem()[1].shutdown()

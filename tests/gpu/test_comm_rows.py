@@ -1,7 +1,6 @@
 """Packing and adding rows on a GPU: bit by bit what the CPU makes, at every run, without waiting for the device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +18,7 @@ from magi_attention.planning import plan_attention
 from magi_attention.testing.mask_zoo import named_masks
 
 from ..comm.row_cases import LAYOUTS, NAMED, RowCase, check_add, check_pack, row_cases
+from .waiting import no_wait_for_the_device
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,15 +41,6 @@ def test_layouts(layout: str) -> None:
 def test_generated_cases(case: RowCase) -> None:
     check_pack(case, pack, DEVICE)
     check_add(case, add_rows, DEVICE)
-
-
-@contextmanager
-def no_wait_for_the_device() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def transfers(sent: list[torch.Tensor], counts: list[tuple[int, ...]]) -> list[Transfer]:

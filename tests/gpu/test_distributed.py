@@ -20,6 +20,7 @@ from magi_attention.testing.rank_pool import RankPool
 
 from ..kernels.attention import check_bound
 from ..runtime.attention_on_ranks import Problem, attend_on_rank, make_key
+from .waiting import no_wait_for_the_device
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -31,7 +32,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[RankPool]:
-    with RankPool(2, timeout_seconds=60, backend="nccl") as pool:
+    with RankPool(2, timeout_seconds=200, backend="nccl") as pool:
         yield pool
 
 
@@ -89,11 +90,8 @@ def test_deterministic_runs_are_bitwise_equal(gpus: RankPool, config: str) -> No
 def without_synchronisation(rank: int, group: dist.ProcessGroup, problem: Problem) -> None:
     key, leaves, dout = local_inputs(on_gpu(problem), group)
     step(key, leaves, dout)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_device():
         step(key, leaves, dout)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS))
