@@ -186,7 +186,7 @@ def compile_launches(case: str, capability: int) -> Iterator[list[Compiled]]:
         compiled.append(Compiled(case, label, switches | numbered, binary.metadata.shared, spilled, complaints, loops))
         return mock.MagicMock()  # what is launched, if the caller asked to compile only
 
-    multiprocessors = SimpleNamespace(multi_processor_count=132)
+    multiprocessors = SimpleNamespace(multi_processor_count=1)  # which few items keep busy
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(triton.runtime.driver, "_active", NoDriver(capability)),

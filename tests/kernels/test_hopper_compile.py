@@ -16,19 +16,19 @@ from tests.kernels.triton_releases import RELEASES, Numbers, check, compile_unde
 # Bytes that a thread may store to memory for want of registers.
 SPILLS: Numbers = {
     ("128", "forward_kernel PART=0"): (4, 24, 24, 0),
-    ("128", "backward_kernel MEMBERS=1"): (196, 204, 164, 500),
+    ("128", "backward_kernel ADDS_UP MEMBERS=1"): (196, 204, 164, 500),
     ("128", "backward_kernel MEMBERS=6"): (256, 272, 244, 576),
-    ("64", "backward_kernel MEMBERS=1"): (420, 444, 496, 720),
+    ("64", "backward_kernel ADDS_UP MEMBERS=1"): (420, 444, 496, 720),
     ("64", "backward_kernel MEMBERS=6"): (436, 456, 488, 704),
     ("128, layered", "forward_kernel LAYERED PART=0"): (4, 24, 24, 36),
     ("128, layered", "backward_kernel LAYERED MEMBERS=6"): (288, 288, 244, 580),
     ("128, layered", "backward_kernel MEMBERS=6"): (256, 272, 244, 576),
     ("128, fp16, odd group, softcap", "forward_kernel SOFTCAP PART=0"): (4, 24, 20, 0),
-    ("128, fp16, odd group, softcap", "backward_kernel SOFTCAP MEMBERS=1"): (436, 460, 484, 764),
+    ("128, fp16, odd group, softcap", "backward_kernel ADDS_UP SOFTCAP MEMBERS=1"): (436, 460, 484, 764),
     ("128, fp16, odd group, softcap", "backward_kernel SOFTCAP MEMBERS=3"): (500, 524, 548, 840),
     ("128, parts", "forward_kernel PART=1"): (32, 32, 32, 32),
     ("128, parts", "forward_kernel PART=2"): (0, 28, 28, 0),
-    ("128, parts", "backward_kernel MEMBERS=1"): (196, 204, 164, 500),
+    ("128, parts", "backward_kernel ADDS_UP MEMBERS=1"): (196, 204, 164, 500),
     ("128, sink", "forward_kernel PART=0"): (4, 24, 24, 0),
     ("128, parts, sink", "forward_kernel PART=1"): (32, 32, 32, 32),
     ("128, parts, sink", "forward_kernel PART=2"): (0, 28, 28, 0),
@@ -41,7 +41,7 @@ SPILLS: Numbers = {
 # How often a thread may access them in a loop over tiles that are whole.
 IN_HOT_LOOPS: Numbers = {
     ("128", "forward_kernel PART=0"): (0, 0, 0, 0),
-    ("128", "backward_kernel MEMBERS=1"): (1, 0, 0, 18),
+    ("128", "backward_kernel ADDS_UP MEMBERS=1"): (1, 0, 0, 18),
     ("128", "backward_kernel MEMBERS=6"): (0, 0, 0, 18),
 }
 PRODUCTS = {"forward_kernel": 16, "backward_kernel": 32}  # instructions a tile: each sums over 16

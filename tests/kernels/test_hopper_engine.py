@@ -179,10 +179,12 @@ def test_what_keys_add_nothing_to_is_kept_to_the_bit(engine: EmulatedEngine) -> 
 
 @pytest.mark.parametrize("name", ["full", "varlen causal", SEVERAL])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize("members", [1, 3])
-def test_query_heads_of_an_item(engine: EmulatedEngine, name: str, head_dim: int, members: int) -> None:
+@pytest.mark.parametrize("items", [(1, None), (3, None), (1, 2)])
+def test_query_heads_and_queries_of_an_item(
+    engine: EmulatedEngine, name: str, head_dim: int, items: tuple[int, int | None]
+) -> None:
     problem = make_problem(named_masks(260)[name], (6, 2), head_dim)
-    engine.launch.members_of_items = lambda walk, group: members
+    engine.launch.backward_items = lambda *args: items
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [100]), problem)
 
@@ -250,7 +252,7 @@ def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
     problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dim)
     engines = [EmulatedEngine(seed, 2) for seed in range(8)]
     for engine in engines:
-        engine.launch.members_of_items = lambda walk, group: group
+        engine.launch.backward_items = lambda walk, heads_kv, group, programs: (group, None)
     first, *others = (run_engine(engine, problem) for engine in engines)
     for results in (first, *others):
         check_bound(results, problem)

@@ -142,16 +142,26 @@ def test_one_call(driver: FakeCudaDriver) -> None:
 
 
 def test_items_of_one_query_head_where_windows_are_uneven(driver: FakeCudaDriver) -> None:
-    q, k, v = make_inputs(300)
-    schedule, params = hopper.schedule(builders.causal(300).bands, 300, 300), AttnParams(1.0)
-    grads = hopper.start_backward(q.detach(), q, torch.zeros(4, 300), None, params)
+    tokens = 128 * 9
+    q, k, v = make_inputs(tokens)
+    schedule, params = hopper.schedule(builders.causal(tokens).bands, tokens, tokens), AttnParams(1.0)
+    grads = hopper.start_backward(q.detach(), q, torch.zeros(4, tokens), None, params)
     dk, dv = hopper.backward(grads, q, k, v, schedule, params, BF16)
     backward, finish_dk, finish_dv = list(driver.launches)[1:]
-    assert (backward.grid, backward.arguments["MEMBERS"]) == ((12, 1, 1), 1)
+    assert (backward.grid, backward.arguments["MEMBERS"]) == ((36, 1, 1), 1) and backward.arguments["ADDS_UP"]
     for finish, name, grad in ((finish_dk, "dk", dk), (finish_dv, "dv", dv)):
         assert finish.arguments["sums"].data_ptr() == backward.arguments[f"{name}_desc"].base.data_ptr()
         assert not finish.arguments["sums"].any() and finish.arguments["sums"].dtype == torch.float32
         assert finish.arguments["dq"] is grad and finish.arguments["scale"] == 1.0
+
+
+def test_many_queries_of_few_keys_are_shared_out(driver: FakeCudaDriver) -> None:
+    """One window of keys and 64 tiles of 128 queries, for each of 4 heads: pieces of 16 tiles."""
+    k, v = make_inputs(100)[1:]
+    run(builders.full(8192, 100), [make_inputs(8192)[0], k, v])
+    backward = last(driver, "backward_kernel")
+    assert (backward.grid, backward.arguments["MEMBERS"]) == ((16, 1, 1), 1) and backward.arguments["ADDS_UP"]
+    assert backward.arguments["walk"].windows[:, [0, 1, 3]].tolist() == [[0, 100, 16]] * 4
 
 
 def test_a_sink_and_highest_scores(driver: FakeCudaDriver) -> None:
@@ -199,8 +209,8 @@ def test_other_masks_and_lengths_compile_nothing(h100: FakeCudaDriver) -> None:
     for first in (1, 2048, 1000):
         with fake_h100() as driver:
             run(builders.causal(first), make_inputs(first))
-            for mask in (builders.causal(500), builders.full(500)):  # two kernels of the backward pass
-                run(mask, make_inputs(500))
+            for mask, tokens in ((builders.causal(1500), 1500), (builders.full(500), 500)):  # two backward kernels
+                run(mask, make_inputs(tokens))
             assert driver.num_compiled == 6
             for tokens in (1, 7, 16, 64, 65, 512, 1000, 2048):
                 window = builders.sliding_window(tokens, (5, 0))

@@ -17,6 +17,7 @@ from magi_attention.kernels.hopper.walk import (
     ROW_ENDS_INSIDE,
     Walk,
     build_walk,
+    cut_long_windows,
 )
 from magi_attention.kernels.hopper.windows import MASK_COST, TILE_COST, WINDOW_COST
 from magi_attention.mask import AttnMask, builders
@@ -255,3 +256,24 @@ def test_empty() -> None:
 def test_transpose(mask: AttnMask) -> None:
     turned = AttnMask.from_bands(transpose(mask.bands), mask.total_seqlen_k, mask.total_seqlen_q)
     assert (turned.to_dense() == mask.to_dense().T).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks(max_seqlen=60), st.integers(1, 20), st.integers(1, 12), st.integers(1, 6))
+def test_cut_windows_have_the_same_tiles(mask: AttnMask, block_rows: int, block_cols: int, most_tiles: int) -> None:
+    walk = build_walk(mask.bands, *mask.to_dense().shape, block_rows, block_cols)
+    cut = cut_long_windows(walk, most_tiles, block_cols)
+    assert cut.windows.dtype == cut.entries.dtype == np.int32
+    assert (cut.windows[:, 3] <= most_tiles).all() and (np.diff(cut.windows[:, 3]) <= 0).all()
+    assert (cut.entries[:, 1] >= 1).all() and cut.entries[-2:].tolist() == walk.entries[-2:].tolist()
+    idle = cut.windows[:, 3] == 0
+    assert (cut.windows[idle, 2] == len(cut.entries) - 2).all()
+
+    def tiles(walk: Walk) -> list[tuple[int, ...]]:
+        """The row at which each tile's window begins, its number of rows, and the tile, in any order."""
+        return sorted((*walk.windows[tile.window, :2].tolist(), *tile[1:]) for tile in walk_tiles(walk, -block_cols))
+
+    assert tiles(cut) == tiles(walk)
+    pieces = np.unique(cut.windows[:, :2], axis=0, return_counts=True)
+    whole = walk.windows[np.argsort(walk.windows[:, 0])]
+    assert (pieces[0] == whole[:, :2]).all() and (pieces[1] == np.maximum(-(-whole[:, 3] // most_tiles), 1)).all()

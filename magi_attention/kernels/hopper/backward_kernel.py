@@ -5,7 +5,8 @@ bulk copies. Scores are made transposed, keys by queries, so that dk and dv add 
 that share the keys, and P and dS are ready there as operands. For dq both consumers need all of dS: they exchange it
 through shared memory, and each adds its half of dq to memory by a bulk reduction.
 
-An item may also be the keys and one query head. Then dk and dv are added to memory in their turn.
+An item may also be the keys and one query head, or a part of the queries. Then dk and dv are added to memory in their
+turn.
 """
 
 from typing import Any, NamedTuple
@@ -218,6 +219,7 @@ def consume(
     CONSUMER: gl.constexpr,
     GROUP: gl.constexpr,
     MEMBERS: gl.constexpr,
+    ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
@@ -273,19 +275,22 @@ def consume(
                 if LAYERED:
                     starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
         mbarrier.arrive(rings.k.empty.index(0), count=1)
-        v_buffer = rings.v.tiles.index(CONSUMER)
         head_kv = item.head * MEMBERS // GROUP
-        if live > 0:
-            if MEMBERS == GROUP:
-                store_rows(dv, dv_rows, dv_desc, v_buffer, key, head_kv, live, HEAD_DIM)
-                store_rows(dk * scales.product, dk_rows, dk_desc, v_buffer, key, head_kv, live, HEAD_DIM)
-            else:
+        if ADDS_UP:
+            mbarrier.arrive(rings.v.empty.index(0), count=1)
+            if live > 0:
                 add_rows(dv, dv_desc, dq_tiles.index(CONSUMER), key, head_kv)
                 add_rows(dk * scales.product, dk_desc, dq_tiles.index(CONSUMER), key, head_kv)
-        tma.store_wait(0)
-        mbarrier.arrive(rings.v.empty.index(0), count=1)
+        else:
+            v_buffer = rings.v.tiles.index(CONSUMER)
+            if live > 0:
+                store_rows(dv, dv_rows, dv_desc, v_buffer, key, head_kv, live, HEAD_DIM)
+                store_rows(dk * scales.product, dk_rows, dk_desc, v_buffer, key, head_kv, live, HEAD_DIM)
+            tma.store_wait(0)
+            mbarrier.arrive(rings.v.empty.index(0), count=1)
         turn += 1
         item = load_item(walk, turn, False)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -306,6 +311,7 @@ def backward_kernel(
     scales,
     GROUP: gl.constexpr,
     MEMBERS: gl.constexpr,
+    ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -334,14 +340,14 @@ def backward_kernel(
                 consume,
                 (
                     ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-                    0, GROUP, MEMBERS, HEAD_DIM, SOFTCAP, LAYERED,
+                    0, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED,
                 ),
             ),
             (
                 consume,
                 (
                     ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-                    1, GROUP, MEMBERS, HEAD_DIM, SOFTCAP, LAYERED,
+                    1, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED,
                 ),
             ),
             (

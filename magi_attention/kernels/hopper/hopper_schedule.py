@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from magi_attention.kernels.hopper.walk import Walk, build_walk
+from magi_attention.kernels.hopper.walk import Walk, build_walk, cut_long_windows
 from magi_attention.kernels.parts import Part
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule, copy_to_device
 from magi_attention.mask.bands import IntArray, transpose
@@ -26,6 +26,8 @@ class DeviceWalk:
         starts: int32 ``(num_layers, padded rows)``.
         ends: The same.
         num_busy: How many windows, all at the front, have tiles.
+        num_tiles: Number of tiles of all windows.
+        longest: Number of tiles of the first window.
         is_uneven: Whether most windows have another number of tiles than the window behind them.
     """
 
@@ -34,6 +36,8 @@ class DeviceWalk:
     starts: torch.Tensor
     ends: torch.Tensor
     num_busy: int
+    num_tiles: int
+    longest: int
     is_uneven: bool
 
     @classmethod
@@ -43,8 +47,8 @@ class DeviceWalk:
             copy_to_device(x, device) for x in (walk.windows, walk.entries, walk.starts, walk.ends)
         )
         tiles = walk.windows[np.argsort(walk.windows[:, 0]), 3]
-        differ = np.count_nonzero(np.diff(tiles))
-        return cls(windows, entries, starts, ends, int(np.count_nonzero(tiles)), 2 * differ > len(tiles))
+        counts = int(np.count_nonzero(tiles)), int(tiles.sum()), int(tiles.max(initial=0))
+        return cls(windows, entries, starts, ends, *counts, 2 * np.count_nonzero(np.diff(tiles)) > len(tiles))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,7 @@ class HopperSchedule:
     num_rows: int
     num_keys: int
     part: Part | None = None
-    _walks: dict[tuple[bool, int, int, torch.device], DeviceWalk] = field(default_factory=dict, init=False, repr=False)
+    _walks: dict[tuple[Any, ...], DeviceWalk] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def by_tiles(self) -> TritonSchedule:
@@ -70,12 +74,15 @@ class HopperSchedule:
         """The walk over windows of queries."""
         return self._walk(False, block_q, block_k, device)
 
-    def by_keys(self, block_k: int, block_q: int, device: torch.device) -> DeviceWalk:
-        """The walk over windows of keys, each of which meets tiles of queries."""
-        return self._walk(True, block_k, block_q, device)
+    def by_keys(self, block_k: int, block_q: int, device: torch.device, most_tiles: int | None = None) -> DeviceWalk:
+        """The walk over windows of keys, each of which meets tiles of queries; over pieces of at most ``most_tiles``
+        tiles, if given."""
+        return self._walk(True, block_k, block_q, device, most_tiles)
 
-    def _walk(self, transposed: bool, block_rows: int, block_cols: int, device: torch.device) -> DeviceWalk:
-        name = (transposed, block_rows, block_cols, device)
+    def _walk(
+        self, transposed: bool, block_rows: int, block_cols: int, device: torch.device, most_tiles: int | None = None
+    ) -> DeviceWalk:
+        name = transposed, block_rows, block_cols, device, most_tiles
         if name not in self._walks:
             if transposed:
                 bands, shape, align, goes_on = transpose(self.bands), (self.num_keys, self.num_rows), ALIGN, None
@@ -83,6 +90,8 @@ class HopperSchedule:
                 bands, shape, align = self.bands, (self.num_rows, self.num_keys), 1
                 goes_on = None if self.part is None else self.part.goes_on
             walk = build_walk(bands, *shape, block_rows, block_cols, align, goes_on)
+            if most_tiles is not None:
+                walk = cut_long_windows(walk, most_tiles, block_cols)
             self._walks[name] = DeviceWalk.copy(walk, device)
         return self._walks[name]
 

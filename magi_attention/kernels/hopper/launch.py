@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from magi_attention.kernels.hopper.backward_items import backward_items
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
 from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
 from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSchedule
@@ -140,9 +141,12 @@ def launch_backward(
     sizes = Sizes.of(q, k)
     block_q = 64 if sizes.dim == 128 else 128
     walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device)
-    members = members_of_items(walk, sizes.group)
+    members, most_tiles = backward_items(walk, sizes.heads_kv, sizes.group, num_programs(q.device, params))
+    if most_tiles is not None:
+        walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device, most_tiles)
+    adds_up = members < sizes.group or most_tiles is not None
     sums: Sequence[torch.Tensor] | None = None
-    if members < sizes.group:
+    if adds_up:
         if dk.dtype == torch.float32 and sizes.head_dim == sizes.dim:
             sums = dk.zero_(), dv.zero_()
         else:
@@ -173,6 +177,7 @@ def launch_backward(
         Scales.of(params),
         GROUP=sizes.group,
         MEMBERS=members,
+        ADDS_UP=adds_up,
         HEAD_DIM=sizes.head_dim,
         STAGES=2,
         SOFTCAP=params.softcap != 0,
@@ -181,15 +186,6 @@ def launch_backward(
     if sums is not None and sums[0] is not dk:
         launch_finish(sums[0], dk, 1.0)
         launch_finish(sums[1], dv, 1.0)
-
-
-def members_of_items(walk: DeviceWalk, group: int) -> int:
-    """Of how many query heads an item of the backward pass is: all ``group`` that share a key head, or one.
-
-    With all of them, dk and dv stay in registers. But programs read the queries that they share from the cache only as
-    long as they keep step, and those with more tiles than others fall behind from head to head.
-    """
-    return 1 if walk.is_uneven else group
 
 
 def copyable(x: torch.Tensor) -> torch.Tensor:

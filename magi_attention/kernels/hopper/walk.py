@@ -7,14 +7,14 @@ Rows are queries and columns keys, or, for a walk over the transposed mask, the 
     entry     a run of neighbouring tiles of a window that agree on the layer and on what must be masked
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.kernels.hopper.windows import cut_windows
 from magi_attention.kernels.tile_schedule import column_runs, layer_intervals, split_layers
-from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten
+from magi_attention.mask.bands import Q0, Q1, IntArray, crop, ranges_to_indices, row_intervals, tighten
 
 Int32Array = NDArray[np.int32]
 
@@ -106,6 +106,33 @@ def build_walk(
     windows = windows[np.argsort(-weight, kind="stable")]
     entries = np.concatenate((entries, [[0, 1, ROW_ENDS_INSIDE, 0]] * 2))
     return Walk(windows.astype(np.int32), entries.astype(np.int32), starts, ends, num_rows, num_cols)
+
+
+def cut_long_windows(walk: Walk, most_tiles: int, block_cols: int) -> Walk:
+    """The same tiles in windows of at most ``most_tiles`` each: several for the same rows, whose results add up."""
+    tiles = walk.windows[:, 3].astype(np.int64)
+    number = np.maximum(-(-tiles // most_tiles), 1)
+    window = np.repeat(np.arange(len(tiles)), number)
+    nth = ranges_to_indices(np.zeros_like(number), number)
+    begin, end = (tiles[window] * n // number[window] for n in (nth, nth + 1))
+
+    # Entries lie window by window; here in the order of the windows, by the number of tiles before each.
+    first = walk.windows[tiles > 0, 2].astype(np.int64)
+    bounds = np.append(np.sort(first), len(walk.entries) - 2)
+    entries = walk.entries[ranges_to_indices(first, np.diff(bounds)[np.searchsorted(bounds, first)])]
+    before = np.cumsum(entries[:, 1]) - entries[:, 1]
+    begin_of_all = begin + (np.cumsum(tiles) - tiles)[window]
+    cuts = np.union1d(before, begin_of_all[end > begin])
+    source = np.searchsorted(before, cuts, side="right") - 1
+    pieces = entries[source]
+    pieces[:, 0] -= (cuts - before[source]) * block_cols
+    pieces[:, 1] = np.diff(cuts, append=tiles.sum())
+
+    windows = walk.windows[window]
+    windows[:, 2] = np.where(end > begin, np.searchsorted(cuts, begin_of_all), len(pieces))
+    windows[:, 3] = end - begin
+    windows = windows[np.argsort(-windows[:, 3], kind="stable")]
+    return replace(walk, windows=windows, entries=np.concatenate((pieces, walk.entries[-2:])))
 
 
 def _entries(
