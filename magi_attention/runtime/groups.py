@@ -11,7 +11,7 @@ from magi_attention.comm import Exchange, FlatExchange, HierarchicalExchange, Ro
 from magi_attention.config import IntraNode
 from magi_attention.planning import GroupCollectivePlan
 from magi_attention.planning.two_level import MeshShape, TwoLevelPlan
-from magi_attention.runtime.side_groups import transfer_group
+from magi_attention.runtime.side_groups import is_on_gpus, transfer_group
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,6 @@ def _of_mesh(mesh: DeviceMesh) -> CpGroup:
 
 def position_device(group: dist.ProcessGroup) -> torch.device:
     """Where a group's training runs: the current CUDA device for NCCL, else the CPU."""
-    if "nccl" in str(dist.get_backend_config(group)):
+    if is_on_gpus(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -18,6 +18,11 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_s
 _groups: dict[tuple[dist.ProcessGroup, str], dist.ProcessGroup] = {}
 
 
+def is_on_gpus(group: dist.ProcessGroup) -> bool:
+    """Whether NCCL carries its tensors."""
+    return "nccl" in str(dist.get_backend_config(group))
+
+
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """For tensors on the CPU; ``group`` itself if it takes them."""
     return group if "cpu:" in str(dist.get_backend_config(group)) else side_group(group, "gloo")
@@ -29,7 +34,7 @@ def transfer_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     Otherwise they would wait for the end of a kernel with more programs than there are multiprocessors, and the GPUs at
     the other ends with them.
     """
-    return side_group(group, "nccl") if "nccl" in str(dist.get_backend_config(group)) else group
+    return side_group(group, "nccl") if is_on_gpus(group) else group
 
 
 def side_group(group: dist.ProcessGroup, backend: Literal["gloo", "nccl"]) -> dist.ProcessGroup:
@@ -57,7 +62,7 @@ def _make(group: dist.ProcessGroup, backend: Literal["gloo", "nccl"]) -> dist.Pr
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:
-    device = torch.device("cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu")
+    device = torch.device("cuda" if is_on_gpus(group) else "cpu")
     return group._get_backend(device).options._timeout
 
 

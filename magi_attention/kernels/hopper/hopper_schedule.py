@@ -18,37 +18,56 @@ ALIGN = 4
 
 @dataclass(frozen=True, eq=False)
 class DeviceWalk:
-    """The arrays of a :class:`~magi_attention.kernels.hopper.walk.Walk` on a device.
+    """A :class:`~magi_attention.kernels.hopper.walk.Walk`, and its arrays on a device.
 
     Attributes:
+        walk: The walk, on the host.
         windows: int32 ``(num_windows, 5)``.
         entries: int32 ``(num_entries + 2, 4)``.
         starts: int32 ``(num_layers, padded rows)``.
         ends: The same.
-        num_busy: How many windows, all at the front, have tiles.
-        num_tiles: Number of tiles of all windows.
-        longest: Number of tiles of the first window.
-        is_uneven: Whether most windows have another number of tiles than the window behind them.
     """
 
+    walk: Walk
     windows: torch.Tensor
     entries: torch.Tensor
     starts: torch.Tensor
     ends: torch.Tensor
-    num_busy: int
-    num_tiles: int
-    longest: int
-    is_uneven: bool
+    _pieces: dict[int, "DeviceWalk"] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def copy(cls, walk: Walk, device: torch.device) -> "DeviceWalk":
         """Copy to ``device`` without waiting for it."""
-        windows, entries, starts, ends = (
-            copy_to_device(x, device) for x in (walk.windows, walk.entries, walk.starts, walk.ends)
-        )
-        tiles = walk.windows[np.argsort(walk.windows[:, 0]), 3]
-        counts = int(np.count_nonzero(tiles)), int(tiles.sum()), int(tiles.max(initial=0))
-        return cls(windows, entries, starts, ends, *counts, 2 * np.count_nonzero(np.diff(tiles)) > len(tiles))
+        return cls(walk, *(copy_to_device(x, device) for x in (walk.windows, walk.entries, walk.starts, walk.ends)))
+
+    @cached_property
+    def num_busy(self) -> int:
+        """How many windows, all at the front, have tiles."""
+        return int(np.count_nonzero(self.walk.windows[:, 3]))
+
+    @cached_property
+    def num_tiles(self) -> int:
+        """Number of tiles of all windows."""
+        return int(self.walk.windows[:, 3].sum())
+
+    @cached_property
+    def longest(self) -> int:
+        """Number of tiles of the first window."""
+        return int(self.walk.windows[:, 3].max(initial=0))
+
+    @cached_property
+    def is_uneven(self) -> bool:
+        """Whether most windows have another number of tiles than the window behind them."""
+        tiles = self.walk.windows[np.argsort(self.walk.windows[:, 0]), 3]
+        return bool(2 * np.count_nonzero(np.diff(tiles)) > len(tiles))
+
+    def in_pieces(self, most_tiles: int, block_cols: int) -> "DeviceWalk":
+        """The walk with windows of at most ``most_tiles`` tiles of ``block_cols`` columns, the walk's own."""
+        if most_tiles not in self._pieces:
+            walk = cut_long_windows(self.walk, most_tiles, block_cols)
+            windows, entries = (copy_to_device(x, self.windows.device) for x in (walk.windows, walk.entries))
+            self._pieces[most_tiles] = DeviceWalk(walk, windows, entries, self.starts, self.ends)
+        return self._pieces[most_tiles]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +82,7 @@ class HopperSchedule:
     num_rows: int
     num_keys: int
     part: Part | None = None
-    _walks: dict[tuple[Any, ...], DeviceWalk] = field(default_factory=dict, init=False, repr=False)
+    _walks: dict[tuple[bool, int, int, torch.device], DeviceWalk] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def by_tiles(self) -> TritonSchedule:
@@ -74,15 +93,12 @@ class HopperSchedule:
         """The walk over windows of queries."""
         return self._walk(False, block_q, block_k, device)
 
-    def by_keys(self, block_k: int, block_q: int, device: torch.device, most_tiles: int | None = None) -> DeviceWalk:
-        """The walk over windows of keys, each of which meets tiles of queries; over pieces of at most ``most_tiles``
-        tiles, if given."""
-        return self._walk(True, block_k, block_q, device, most_tiles)
+    def by_keys(self, block_k: int, block_q: int, device: torch.device) -> DeviceWalk:
+        """The walk over windows of keys, each of which meets tiles of queries."""
+        return self._walk(True, block_k, block_q, device)
 
-    def _walk(
-        self, transposed: bool, block_rows: int, block_cols: int, device: torch.device, most_tiles: int | None = None
-    ) -> DeviceWalk:
-        name = transposed, block_rows, block_cols, device, most_tiles
+    def _walk(self, transposed: bool, block_rows: int, block_cols: int, device: torch.device) -> DeviceWalk:
+        name = (transposed, block_rows, block_cols, device)
         if name not in self._walks:
             if transposed:
                 bands, shape, align, goes_on = transpose(self.bands), (self.num_keys, self.num_rows), ALIGN, None
@@ -90,8 +106,6 @@ class HopperSchedule:
                 bands, shape, align = self.bands, (self.num_rows, self.num_keys), 1
                 goes_on = None if self.part is None else self.part.goes_on
             walk = build_walk(bands, *shape, block_rows, block_cols, align, goes_on)
-            if most_tiles is not None:
-                walk = cut_long_windows(walk, most_tiles, block_cols)
             self._walks[name] = DeviceWalk.copy(walk, device)
         return self._walks[name]
 

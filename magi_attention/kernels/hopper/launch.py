@@ -143,7 +143,7 @@ def launch_backward(
     walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device)
     members, most_tiles = backward_items(walk, sizes.heads_kv, sizes.group, num_programs(q.device, params))
     if most_tiles is not None:
-        walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device, most_tiles)
+        walk = walk.in_pieces(most_tiles, block_q)
     adds_up = members < sizes.group or most_tiles is not None
     sums: Sequence[torch.Tensor] | None = None
     if adds_up:
