@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scale_masks
 from document_lengths import HISTOGRAMS
 from numpy.typing import NDArray
 
@@ -18,6 +19,7 @@ from magi_attention.mask.bands import K0, Q0, IntArray, area, crop
 BLOCK = 128
 WINDOW = 1024
 CAUSAL_BLOCK = 2048
+PUBLISHED_KINDS = ("varlen full", "varlen causal", "block causal")
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,14 @@ def _block_causal(total: int) -> tuple[AttnMask, None]:
     return builders.block_causal(builders.cu_seqlens_from_lengths(random_documents(total)), CAUSAL_BLOCK), None
 
 
+def _published(kind: str, total: int) -> tuple[AttnMask, Documents | None]:
+    """The first pack that emulate_scale.py has of a kind of mask."""
+    (cu_seqlens,) = scale_masks.sample_packs(total, 1)
+    if kind == "block causal":
+        return scale_masks.MASKS[kind].make(cu_seqlens), None
+    return _packed(np.diff(cu_seqlens).tolist(), causal=kind == "varlen causal")
+
+
 def _pack(histogram: str, total: int) -> tuple[AttnMask, Documents]:
     return _packed(HISTOGRAMS[histogram].sample_pack(total, np.random.default_rng(0)), causal=True)
 
@@ -192,8 +202,10 @@ MASKS: dict[str, Callable[[int], tuple[AttnMask, Documents | None]]] = {
     "block causal": _block_causal,
     "prefix tree": lambda total: (builders.prefix_tree(branching_texts(total)), None),
     **{f"pack {name}": lambda total, name=name: _pack(name, total) for name in HISTOGRAMS},
+    **{f"published {kind}": lambda total, kind=kind: _published(kind, total) for kind in PUBLISHED_KINDS},
 }
-"""Each mask as a function of the sequence's length. Documents of a pack are causal, none longer than a quarter."""
+"""Each mask as a function of the sequence's length. Documents of a pack are causal, none longer than a quarter; those
+of the published masks are drawn as in MagiAttention's published distributed benchmark."""
 
 
 def make_case(name: str, seqlen: int) -> Case:

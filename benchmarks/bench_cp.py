@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/bench_cp.py --gpus 2 --preset table --budget 300 --out results
     PYTHONPATH=. torchrun --nproc-per-node 8 benchmarks/bench_cp.py --preset scaling --out results
+    PYTHONPATH=. python benchmarks/bench_cp.py --gpus 4 --variants default nodes=2 intra_node=heads --out results
     PYTHONPATH=. python benchmarks/bench_cp.py --gpus 8 --bandwidth --masks --out results     # all-to-all alone
     PYTHONPATH=. python benchmarks/bench_cp.py --gpus 2 --device cpu --preset smoke           # that it runs at all
 
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_cases import MASKS
+from attention_cases import MASKS, PUBLISHED_KINDS
 from cp_contenders import RIVALS, Variant
 from cp_launch import Job, Progress, launch, started_by_torchrun
 from cp_run import work
@@ -66,12 +67,13 @@ class Preset:
 
 
 TABLE_MASKS = ("full", "causal", "varlen full", "pack magi", "sliding window", "block causal", "prefix tree")
+SCALING_MASKS = ("full", "causal", "sliding window", *(f"published {kind}" for kind in PUBLISHED_KINDS))
 ALL_GPU_RIVALS = tuple(name for name in RIVALS if "dense" not in name)
 ALL_CPU_RIVALS = tuple(name for name in RIVALS if "dense" in name)
 PRESETS = {
     "quick": Preset(("causal", "pack magi"), tokens=(1 << 16,)),
     "table": Preset(TABLE_MASKS, tokens=(1 << 16, 1 << 18)),
-    "scaling": Preset(("full", "causal", "pack magi"), tokens_per_gpu=(8192, 32768)),
+    "scaling": Preset(SCALING_MASKS, tokens_per_gpu=(8192, 32768)),
     "full": Preset(
         tuple(MASKS), tokens=tuple(1 << n for n in range(16, 20)), heads=("64:8", "48:8"), rivals=ALL_GPU_RIVALS
     ),
@@ -88,6 +90,8 @@ CHOICES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "min_chunk_size": ("overlap", int),
     "order": ("dispatch", str),
     "grad_wire_dtype": ("config", str),
+    "intra_node": ("config", str),
+    "nodes": ("variant", int),
     "chunk_size": ("variant", int),
     "sm_margin": ("variant", int),
     "engine": ("variant", str),
@@ -169,6 +173,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.variants = [parse_variant(text, plain) for text in args.variants]
     except (TypeError, ValueError) as problem:
         parser.error(f"--variants: {problem}")
+    if uneven := [variant.name for variant in args.variants if variant.nodes < 1 or args.gpus % variant.nodes]:
+        parser.error(f"--variants: {args.gpus} GPUs do not fill the nodes of {', '.join(uneven)}")
     for variant, tokens in product(args.variants, args.tokens):
         if tokens % (2 * args.gpus * variant.chunk_size):
             multiple = 2 * args.gpus * variant.chunk_size

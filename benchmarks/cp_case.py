@@ -146,8 +146,8 @@ def plan_cost(task: Task) -> PlanCost:
     began = time.perf_counter()
     plan = plan_of(task)
     plan_ms = 1e3 * (time.perf_counter() - began)
-    parts = [plan.rank(rank) for rank in range(task.size)]
+    parts = [plan.rank(rank) for rank in range(plan.cp_size)]
     areas = np.array([part.area for part in parts])
     rows = [int(part.num_recv_rows) for part in parts]
     imbalance = float(areas.max() / areas.mean())
-    return PlanCost(rows, task.total // task.size, imbalance, len(parts[0].stages), plan_ms)
+    return PlanCost(rows, task.total // plan.cp_size, imbalance, len(parts[0].stages), plan_ms)

@@ -22,7 +22,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from magi_attention.api import DistAttnConfig, calc_attn, get_position_ids, magi_attn_flex_key
+from magi_attention.api import (
+    DistAttnConfig,
+    calc_attn,
+    get_position_ids,
+    init_hierarchical_mesh,
+    magi_attn_flex_key,
+)
 from magi_attention.config import AttnOverlapMode
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import IntArray, merge_runs, ranges_to_indices, relocate
@@ -39,6 +45,7 @@ class Variant:
         chunk_size: Rows in a chunk.
         sm_margin: Multiprocessors that kernels leave to communication; None for the library's choice.
         engine: The kernels; None for the library's choice.
+        nodes: Nodes that the ranks are said to be in.
     """
 
     name: str
@@ -46,6 +53,12 @@ class Variant:
     chunk_size: int = 512
     sm_margin: int | None = None
     engine: str | None = None
+    nodes: int = 1
+
+    @property
+    def has_mesh(self) -> bool:
+        """Whether nodes make a difference."""
+        return self.nodes > 1 or self.config.intra_node == "heads"
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,12 @@ class Task:
         config, overlap = self.variant.config, self.variant.config.overlap_config
         if overlap.mode is not AttnOverlapMode.DYNAMIC:
             return config
-        sizes = {"heads_q": self.heads, "heads_kv": self.heads_kv, "head_dim": self.head_dim}
+        parts = self.size // self.variant.nodes if config.intra_node == "heads" else 1
+        sizes = {
+            "heads_q": self.heads // parts,
+            "heads_kv": max(1, self.heads_kv // parts),
+            "head_dim": self.head_dim,
+        }
         return replace(config, overlap_config=replace(overlap, cost_model=replace(overlap.cost_model, **sizes)))
 
     @property
@@ -112,10 +130,12 @@ class Contender:
 
 
 def plan_of(task: Task) -> AttnPlan:
-    """The plan that this library's key is made with."""
+    """The plan that this library's key is made with; over nodes, where their ranks split heads."""
     q_ranges, k_ranges, types = task.case.mask.to_ranges()
     mask = AttnMask.from_slices(q_ranges, k_ranges, types, task.total, task.total)
-    return plan_attention(mask, task.size, task.variant.chunk_size, 0, task.config)
+    nodes, by_heads = task.variant.nodes, task.config.intra_node == "heads"
+    plan = plan_attention(mask, nodes if by_heads else task.size, task.variant.chunk_size, 0, task.config)
+    return plan if by_heads else plan.on_mesh((nodes, task.size // nodes))
 
 
 def magi(task: Task) -> Contender:
@@ -127,7 +147,8 @@ def magi(task: Task) -> Contender:
         task.total,
         0,
         variant.chunk_size,
-        task.group,
+        None if variant.has_mesh else task.group,
+        nodes_of(task.size, variant.nodes, task.device.type) if variant.has_mesh else None,
         dist_attn_config=task.config,
         plan=plan_of(task),
     )
@@ -265,6 +286,12 @@ def torch_ring(task: Task, rotate_method: str, balanced: bool = True) -> Contend
 def mesh_of(size: int) -> DeviceMesh:
     """All ranks in a row."""
     return init_device_mesh("cuda", (size,))
+
+
+@functools.cache
+def nodes_of(size: int, nodes: int, device_type: str) -> DeviceMesh:
+    """All ranks, cut into nodes."""
+    return init_hierarchical_mesh(size, nodes, size // nodes, device_type)
 
 
 def len_of(runs: IntArray) -> int:

@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """What a plan of ours costs.
+    """What a plan of ours costs. Where the ranks of a node split heads, these are the node's, beside what that costs.
 
     Attributes:
         recv_rows: Key/value rows that each rank receives.

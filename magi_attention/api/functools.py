@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges, builders, from_dense
 from magi_attention.planning import compute_pad_size
+from magi_attention.runtime.side_groups import is_on_gpus
 
 __all__ = [
     "apply_padding",
@@ -197,7 +198,7 @@ def init_hierarchical_mesh(
             f"must be world_size {world_size}"
         )
     if device_type is None:
-        device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        device_type = "cuda" if is_on_gpus(dist.group.WORLD) else "cpu"
     return init_device_mesh(
         device_type, (world_size_inter_node, world_size_intra_node), mesh_dim_names=("inter", "intra")
     )

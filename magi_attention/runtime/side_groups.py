@@ -18,8 +18,8 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_s
 _groups: dict[tuple[dist.ProcessGroup, str], dist.ProcessGroup] = {}
 
 
-def is_on_gpus(group: dist.ProcessGroup) -> bool:
-    """Whether NCCL carries its tensors."""
+def is_on_gpus(group: dist.ProcessGroup | None) -> bool:
+    """Whether NCCL carries its tensors; None is the default group."""
     return "nccl" in str(dist.get_backend_config(group))
 
 

@@ -1,0 +1,89 @@
+"""Attention over four GPUs of one host with NCCL: in one level, between two nodes of two, and with heads split."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_attention.config import DistAttnConfig, IntraNode, OverlapConfig
+from magi_attention.mask import builders
+from magi_attention.testing.mask_zoo import named_masks
+from magi_attention.testing.rank_pool import RankPool
+
+from ..kernels.attention import check_bound
+from ..runtime.attention_on_ranks import Problem, attend, make_key
+from ..runtime.test_hierarchy import mesh_of
+from .test_distributed import local_inputs, make_problem, on_gpu, step
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+
+Nodes = tuple[int, int] | None
+WAYS: list[tuple[Nodes, IntraNode]] = [
+    (None, "sequence"),
+    ((2, 2), "sequence"),
+    ((2, 2), "heads"),
+    ((1, 4), "heads"),
+]
+ids = [f"{'one level' if nodes is None else f'{nodes[0]} nodes'}, {intra_node}" for nodes, intra_node in WAYS]
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[RankPool]:
+    with RankPool(4, timeout_seconds=200, backend="nccl") as pool:
+        yield pool
+
+
+def config(degree: int, intra_node: IntraNode) -> DistAttnConfig:
+    return DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=64), intra_node=intra_node)
+
+
+def ranks_of(group: dist.ProcessGroup, nodes: Nodes) -> dist.ProcessGroup | DeviceMesh:
+    return group if nodes is None else mesh_of(nodes)
+
+
+def attend_all(rank: int, group: dist.ProcessGroup, problems: list[Problem], nodes: Nodes) -> list[list[Tensor]]:
+    ranks = ranks_of(group, nodes)
+    return [[x.cpu() for _, x in attend(on_gpu(p), make_key(p, ranks)).items()] for p in problems]
+
+
+@pytest.mark.parametrize(("nodes", "intra_node"), WAYS, ids=ids)
+@pytest.mark.parametrize("degree", [0, 1, 3])
+def test_named_masks(gpus: RankPool, nodes: Nodes, intra_node: IntraNode, degree: int) -> None:
+    zoo = named_masks(1300)
+    problems = [make_problem(zoo[name], config(degree, intra_node)) for name in sorted(zoo)]
+    first, *others = gpus.run(attend_all, 4, problems, nodes)
+    for n, (problem, results) in enumerate(zip(problems, first, strict=True)):
+        assert all(torch.equal(a, b[n][i]) for b in others for i, a in enumerate(results))
+        check_bound(results, problem)
+
+
+def repeat(rank: int, group: dist.ProcessGroup, problem: Problem, nodes: Nodes) -> bool:
+    key, leaves, dout = local_inputs(on_gpu(problem), ranks_of(group, nodes))
+    first = step(key, leaves, dout, deterministic=True)
+    again = [step(key, leaves, dout, deterministic=True) for _ in range(5)]
+    return all(torch.equal(a, b) for results in again for a, b in zip(first, results, strict=True))
+
+
+@pytest.mark.parametrize(("nodes", "intra_node"), WAYS, ids=ids)
+def test_deterministic_runs_are_bitwise_equal(gpus: RankPool, nodes: Nodes, intra_node: IntraNode) -> None:
+    assert all(gpus.run(repeat, 4, make_problem(builders.causal(4000), config(2, intra_node)), nodes))
+
+
+def several_shapes(rank: int, group: dist.ProcessGroup, problem: Problem) -> list[list[Tensor]]:
+    """Each way to use the same GPUs, one after the other in one process, two of them again."""
+    on_gpu(problem)
+    results = []
+    for nodes in (None, (2, 2), (4, 1), None, (2, 2)):
+        key, leaves, dout = local_inputs(problem, ranks_of(group, nodes))
+        results.append([x.cpu() for x in step(key, leaves, dout, deterministic=True)])
+    return results
+
+
+def test_groups_and_meshes_in_one_process(gpus: RankPool) -> None:
+    problem = make_problem(builders.varlen([0, 500, 1300, 4000], causal=True), config(1, "sequence"))
+    for flat, two_level, nodes_of_one, flat_again, two_level_again in gpus.run(several_shapes, 4, problem):
+        for a, b in ((flat, flat_again), (flat, nodes_of_one), (two_level, two_level_again)):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
