@@ -58,7 +58,8 @@ def describe(args: argparse.Namespace, problem: Problem) -> dict[str, str]:
         "torch": torch.__version__,
         "Python": sys.version.split()[0],
         "date": str(date.today()),
-        "sizes": f"{problem.tokens} tokens a GPU, {heads.q}:{heads.kv} heads, head_dim {heads.dim}, bf16",
+        "tokens a GPU": str(problem.tokens),
+        "sizes": f"{heads.q}:{heads.kv} heads, head_dim {heads.dim}, bf16",
         "plans": f"{args.dispatch}, chunk size {problem.chunk_size}, one of {list(problem.degrees)} stages, "
         f"gradients travel as {problem.grad_wire_dtype}, seed {problem.seed}",
         "network (modelled)": f"nodes of {network.gpus_per_node} GPUs; inside: {link(network.inside)}; "

@@ -21,6 +21,8 @@ from magi_attention.planning import AttnPlan, plan_attention
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+import attention_cases
+import cp_results
 import emulate_scale
 import plot_scale
 import scale_case
@@ -32,6 +34,7 @@ import scale_plans as plans
 import scale_record as record
 import scale_results as results
 import scale_rivals as rivals
+import scaling_table
 
 FORWARD, BACKWARD = costs.FORWARD, costs.BACKWARD
 HEADS = loop.Heads(4, 2, 8)
@@ -255,9 +258,11 @@ def test_two_levels_are_those_of_the_library() -> None:
 
 
 def test_seconds_of_collectives() -> None:
-    net = network.Network(4, inside=network.Link(1.0, 10.0), across=network.Link(2.0, 5.0))
+    net = network.Network(4, inside=network.Link(1.0, 10.0), across=network.Link(2.0, 5.0), packing=FREE)
     assert net.exchange(80.0, 4) == 1 + 60 / 10
     assert net.exchange(80.0, 8) == max(1 + 30 / 10, 2 + 40 / 5)
+    packed = replace(net, packing=network.Link(3.0, 20.0))
+    assert packed.exchange(80.0, 4) == 1 + 60 / 10 + 3 + 80 / 20 and packed.exchange(80.0, 1) == 0
     assert net.all_gather(10.0, 4) == 1 + 30 / 10
     assert net.all_gather(10.0, 8) == max(1 + 70 / 10, 2 + 10 / 5)
     assert net.ring_step(10.0, 4) == 1 + 1 and net.ring_step(10.0, 8) == 2 + 2
@@ -357,15 +362,12 @@ def test_steps_of_a_rank_add_up() -> None:
 
 def problem(**changes: object) -> scale_case.Problem:
     """Small sizes, and a network that takes no time."""
-    free = network.Network(4, FREE, FREE)
+    free = network.Network(4, FREE, FREE, FREE)
     return replace(scale_case.Problem(64, HEADS, free, 8, degrees=(1,), num_packs=2), **changes)
 
 
 @pytest.mark.parametrize("method", [results.OURS, results.HEADS_IN_NODES])
-def test_speed_is_that_of_the_kernels_where_nothing_else_takes_time(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(network, "PACKING", FREE)
+def test_speed_is_that_of_the_kernels_where_nothing_else_takes_time(method: str) -> None:
     case = scale_case.Case(problem(), "causal", method, 8)
     case.plan()
     rates = costs.Rates(forward=3e12, backward=2e12, memory=math.inf)
@@ -414,7 +416,7 @@ def test_zigzag_gives_every_row_to_one_rank(ranks: int) -> None:
 def test_shards_of_rivals_hold_an_even_share() -> None:
     cu = builders.cu_seqlens_from_lengths([300, 500, 224])
     mask = builders.varlen(cu, causal=True)
-    setting = rivals.Setting(8, 128, loop.Heads(8, 2, 8), network.Network(4, FREE, FREE), mask.area)
+    setting = rivals.Setting(8, 128, loop.Heads(8, 2, 8), network.Network(4, FREE, FREE, FREE), mask.area)
     ulysses, gather, usp = (rivals.shard_of(rival, mask, cu, setting) for rival in ("Ulysses", "all-gather", "USP"))
     assert (ulysses.area, ulysses.heads) == (mask.area, loop.Heads(1, 1, 8))
     assert gather.area == pytest.approx(mask.area / 8, rel=0.05) and gather.heads == setting.heads
@@ -424,7 +426,7 @@ def test_shards_of_rivals_hold_an_even_share() -> None:
 
 @pytest.mark.parametrize("rival", rivals.RIVALS)
 def test_rivals_reach_the_rate_of_kernels_without_a_network(rival: str) -> None:
-    setting = rivals.Setting(8, 128, HEADS, network.Network(4, FREE, FREE), area=800)
+    setting = rivals.Setting(8, 128, HEADS, network.Network(4, FREE, FREE, FREE), area=800)
     seconds = rivals.model_seconds(rival, setting, (2e9, 1e9))
     if rival == "Ulysses":
         assert seconds is None  # 8 ranks, 4 heads
@@ -433,16 +435,49 @@ def test_rivals_reach_the_rate_of_kernels_without_a_network(rival: str) -> None:
 
 
 def test_rivals_send_what_they_must() -> None:
-    net = network.Network(4, network.Link(0, 1e9), network.Link(0, 1e9))
+    net = network.Network(4, network.Link(0, 1e9), network.Link(0, 1e9), packing=network.Link(0, 1e10))
     setting = rivals.Setting(4, 128, loop.Heads(8, 2, 16), net, area=1)
     queries, keys = 128 * 8 * 16 * 2, 128 * 2 * 16 * 2 * 2
     fast = (1e30, 1e30)
     np.testing.assert_allclose(rivals.model_seconds("ring", setting, fast), (3 * keys / 1e9, 3 * 3 * keys / 1e9))
     np.testing.assert_allclose(rivals.model_seconds("all-gather", setting, fast), (3 * keys / 1e9, 9 * keys / 1e9))
     copied = 2 * keys  # two key heads for four ranks
-    exchanged = (2 * queries + copied) * 3 / 4 / 1e9
+    exchanged = (2 * queries + copied) * (3 / 4 / 1e9 + 1 / 1e10)
     np.testing.assert_allclose(rivals.model_seconds("Ulysses", setting, fast), (exchanged, exchanged))
     np.testing.assert_allclose(rivals.model_seconds("USP", setting, fast), (exchanged, exchanged))
+
+
+# Beside measured numbers
+
+
+@pytest.mark.parametrize("kind", attention_cases.PUBLISHED_KINDS)
+def test_what_is_emulated_first_is_what_bench_cp_measures(kind: str) -> None:
+    total = 1 << 15
+    (cu_seqlens,) = masks.make_packs(kind, total, 1)
+    assert attention_cases.make_case(f"published {kind}", total).mask == masks.MASKS[kind].make(cu_seqlens)
+
+
+def test_predictions_beside_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = cp_results.Report({}, ["magi"], [])
+    measured.transfers.append(cp_results.Transfer(1 << 20, 2.0, 1.5))
+    outcomes = {"magi": cp_results.Outcome(forward_ms=1.0, backward_ms=5.0)}  # 500 and 250 TFLOP/s
+    for mask, tokens in (("published varlen causal", 4 << 13), ("causal", 4 << 13), ("causal", 4 << 15)):
+        measured.results.append(cp_results.Result(mask, tokens, 4, 64, 8, 128, 4 * 500 * 10**9, outcomes))
+    emulated = results.Report({"tokens a GPU": "8192"})
+    for mask, gpus, speeds in (("varlen causal", 4, (600, 225)), ("causal", 8, (1, 1))):
+        emulated.modelled.append(
+            results.Modelled(mask, results.OURS, results.FLAT, gpus, *speeds, 0.0, 0.0, "measured")
+        )
+    for report, name in ((measured, "measured"), (emulated, "emulated")):
+        (tmp_path / name).mkdir()
+        report.save(tmp_path / name)
+    paths = [str(tmp_path / name / "results.json") for name in ("measured", "emulated")]
+    scaling_table.main([*paths, "--links", str(tmp_path / "links.json")])
+    text = capsys.readouterr().out
+    assert "| varlen causal | 8k | 4 | magi | 500 / 250 | 600 / 225 | +20 / -10 |" in text
+    assert "magi: median and largest error 20 and 20 % forward, 10 and 10 % backward." in text
+    assert text.count("| magi |") == 1, "other sizes were not measured or not emulated"
+    assert json.loads((tmp_path / "links.json").read_text()) == [[3 << 20, 0.002]]
 
 
 # Whole runs
