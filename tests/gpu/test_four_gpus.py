@@ -20,6 +20,7 @@ from .test_distributed import local_inputs, make_problem, on_gpu, step
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 
+HEADS = 16, 4  # four for each rank of a node; kernels are compiled for the ratio, which stays that of other tests
 Nodes = tuple[int, int] | None
 WAYS: list[tuple[Nodes, IntraNode]] = [
     (None, "sequence"),
@@ -53,7 +54,7 @@ def attend_all(rank: int, group: dist.ProcessGroup, problems: list[Problem], nod
 @pytest.mark.parametrize("degree", [0, 1, 3])
 def test_named_masks(gpus: RankPool, nodes: Nodes, intra_node: IntraNode, degree: int) -> None:
     zoo = named_masks(1300)
-    problems = [make_problem(zoo[name], config(degree, intra_node)) for name in sorted(zoo)]
+    problems = [make_problem(zoo[name], config(degree, intra_node), HEADS) for name in sorted(zoo)]
     first, *others = gpus.run(attend_all, 4, problems, nodes)
     for n, (problem, results) in enumerate(zip(problems, first, strict=True)):
         assert all(torch.equal(a, b[n][i]) for b in others for i, a in enumerate(results))
@@ -69,7 +70,7 @@ def repeat(rank: int, group: dist.ProcessGroup, problem: Problem, nodes: Nodes) 
 
 @pytest.mark.parametrize(("nodes", "intra_node"), WAYS, ids=ids)
 def test_deterministic_runs_are_bitwise_equal(gpus: RankPool, nodes: Nodes, intra_node: IntraNode) -> None:
-    assert all(gpus.run(repeat, 4, make_problem(builders.causal(4000), config(2, intra_node)), nodes))
+    assert all(gpus.run(repeat, 4, make_problem(builders.causal(4000), config(2, intra_node), HEADS), nodes))
 
 
 def several_shapes(rank: int, group: dist.ProcessGroup, problem: Problem) -> list[list[Tensor]]:
