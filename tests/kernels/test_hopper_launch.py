@@ -138,7 +138,7 @@ def test_one_call(driver: FakeCudaDriver) -> None:
     assert arguments["lse_desc"].base.data_ptr() == start.arguments["neg_lse"].data_ptr()
     assert arguments["delta_desc"].base.data_ptr() == start.arguments["neg_delta"].data_ptr()
     assert arguments["dq_desc"].base.data_ptr() == finish.arguments["sums"].data_ptr()
-    assert finish.arguments["dq"].data_ptr() == dq.data_ptr()
+    assert finish.arguments["result"].data_ptr() == dq.data_ptr()
 
 
 def test_items_of_one_query_head_where_windows_are_uneven(driver: FakeCudaDriver) -> None:
@@ -152,7 +152,7 @@ def test_items_of_one_query_head_where_windows_are_uneven(driver: FakeCudaDriver
     for finish, name, grad in ((finish_dk, "dk", dk), (finish_dv, "dv", dv)):
         assert finish.arguments["sums"].data_ptr() == backward.arguments[f"{name}_desc"].base.data_ptr()
         assert not finish.arguments["sums"].any() and finish.arguments["sums"].dtype == torch.float32
-        assert finish.arguments["dq"] is grad and finish.arguments["scale"] == 1.0
+        assert finish.arguments["result"] is grad and finish.arguments["scale"] == 1.0
 
 
 def test_many_queries_of_few_keys_are_shared_out(driver: FakeCudaDriver) -> None:
@@ -211,12 +211,12 @@ def test_other_masks_and_lengths_compile_nothing(h100: FakeCudaDriver) -> None:
             run(builders.causal(first), make_inputs(first))
             for mask, tokens in ((builders.causal(1500), 1500), (builders.full(500), 500)):  # two backward kernels
                 run(mask, make_inputs(tokens))
-            assert driver.num_compiled == 6
+            assert driver.num_compiled == 7
             for tokens in (1, 7, 16, 64, 65, 512, 1000, 2048):
                 window = builders.sliding_window(tokens, (5, 0))
                 for mask in (builders.causal(tokens), builders.full(tokens), window):
                     run(mask, make_inputs(tokens))
-            assert driver.num_compiled == 6
+            assert driver.num_compiled == 7
             for each in driver.launches:
                 check_fit(each)
 

@@ -32,6 +32,7 @@ from magi_attention.kernels.hopper.pipeline import (
     load_intervals,
     load_item,
     make_ring,
+    side_by_side,
     store_rows,
     tanh,
 )
@@ -192,7 +193,7 @@ def next_tile(
     dq = warpgroup_mma_wait(1, deps=[dq])
     dq_tile = dq_out.tiles.index(CONSUMER)
     tma.store_wait(0)
-    dq_tile.store(dq)
+    dq_tile.store(side_by_side(dq))
     fence_async_shared()
     if SPLIT_QUERIES:
         add_tile(dq_out.desc, [query + CONSUMER * 64, head * D], dq_tile)

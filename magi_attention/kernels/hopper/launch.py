@@ -184,8 +184,8 @@ def launch_backward(
         LAYERED=len(walk.starts) > 1,
     )
     if sums is not None and sums[0] is not dk:
-        launch_finish(sums[0], dk, 1.0)
-        launch_finish(sums[1], dv, 1.0)
+        launch_finish(sums[0], dk, 1.0, shuffled=False)
+        launch_finish(sums[1], dv, 1.0, shuffled=False)
 
 
 def copyable(x: torch.Tensor) -> torch.Tensor:

@@ -136,6 +136,16 @@ def tanh(x):
 
 
 @gluon.jit
+def side_by_side(x):
+    """A tile of 64 columns in another order of columns; twice gives the first again.
+
+    Of a product's result a thread has the columns ``8 * n + 2 * (lane % 4)`` and the next one, for eight ``n``. In this
+    order two ``n`` are neighbours, so that it stores four numbers at a time, and eight threads fill all banks once.
+    """
+    return x.reshape([x.shape[0], 2, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape(x.shape)
+
+
+@gluon.jit
 def row_pointers(like, x, row, head, kept, HEAD_DIM: gl.constexpr):
     """Where the rows of a head are from ``row`` on, in the layout of ``like``, and which elements are to be kept."""
     token = gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, like.type.layout))

@@ -50,13 +50,25 @@ def start_kernel(
 
 
 @triton.jit
-def finish_kernel(sums, dq, scale, num_tokens, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr):
+def in_order(tile, TOKENS: tl.constexpr, DIM: tl.constexpr):
+    """The dimensions of each 64 as :func:`magi_attention.kernels.hopper.pipeline.side_by_side` found them."""
+    return tile.reshape((TOKENS, DIM // 32, 4, 4, 2)).permute((0, 1, 3, 2, 4)).reshape((TOKENS, DIM))
+
+
+@triton.jit
+def finish_kernel(
+    sums, result, scale, num_tokens,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SHUFFLED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     dim = tl.arange(0, DIM)
     row = token.to(tl.int64)[:, None] * tl.num_programs(0) + tl.program_id(0)
-    inside = (token < num_tokens)[:, None] & (dim < HEAD_DIM)[None, :]
-    tile = tl.load(sums + row * DIM + dim[None, :], mask=inside, other=0.0)
-    tl.store(dq + row * HEAD_DIM + dim[None, :], (tile * scale).to(dq.dtype.element_ty), mask=inside)
+    exists = (token < num_tokens)[:, None]
+    tile = tl.load(sums + row * DIM + dim[None, :], mask=exists, other=0.0)
+    if SHUFFLED:
+        tile = in_order(tile, TOKENS, DIM)
+    low = (tile * scale).to(result.dtype.element_ty)
+    tl.store(result + row * HEAD_DIM + dim[None, :], low, mask=exists & (dim < HEAD_DIM)[None, :])
 
 
 _start, _finish = Launcher(start_kernel), Launcher(finish_kernel)
@@ -70,7 +82,7 @@ def launch_start(
     ``lse`` becomes its negative in units of ``log(2)``, and ``delta`` its negative, so that both are added. A query
     that attends nothing gets -inf, which makes its probabilities 0, and delta 0. Both are ``(num_heads, tokens)``, with
     the tokens up to a multiple of ``ALIGN`` as if there were more that attend nothing. ``dq`` is filled with zeros; it
-    has ``dim`` dimensions, as tiles have.
+    has ``dim`` dimensions, as tiles have, and gets them in an order of the backward kernel's own.
     """
     num_tokens, num_heads, head_dim = out.shape
     stride = -(-num_tokens // ALIGN) * ALIGN
@@ -83,9 +95,13 @@ def launch_start(
     return QueryGrads(dout, neg_lse, neg_delta, dq)
 
 
-def launch_finish(sums: torch.Tensor, dq: torch.Tensor, scale: float) -> None:
-    """``dq`` from the sums of the backward kernel: times ``scale``, without the dimensions that only tiles have."""
-    num_tokens, num_heads, head_dim = dq.shape
+def launch_finish(sums: torch.Tensor, result: torch.Tensor, scale: float, shuffled: bool) -> None:
+    """``result`` from the sums of the backward kernel: times ``scale``, without the dimensions that only tiles have.
+
+    Sums of queries are ``shuffled``: their dimensions are put in order.
+    """
+    num_tokens, num_heads, head_dim = result.shape
     if num_tokens:
         grid = num_heads, -(-num_tokens // TOKENS), 1
-        _finish(grid, sums, dq, scale, num_tokens, HEAD_DIM=head_dim, DIM=sums.shape[2], TOKENS=TOKENS)
+        sizes = {"HEAD_DIM": head_dim, "DIM": sums.shape[2]}
+        _finish(grid, sums, result, scale, num_tokens, **sizes, SHUFFLED=shuffled, TOKENS=TOKENS)
