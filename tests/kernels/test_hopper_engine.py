@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -257,3 +258,42 @@ def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
     for results in (first, *others):
         check_bound(results, problem)
         assert all(torch.equal(results[n], first[n]) for n in (0, 1, 3, 4))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("members", [1, None])
+@pytest.mark.parametrize("name", ["varlen causal", "holes", SEVERAL])
+def test_batches_of_any_windows(engine: EmulatedEngine, name: str, members: int | None, heads: tuple[int, int]) -> None:
+    """Three windows each, long ones too, and those of two groups of heads, and such as nobody attends in."""
+    mask = named_masks(450)[name]
+    problem = make_problem(mask, heads)
+    problem.params = replace(problem.params, yields=True)
+    engine.launch.backward_items = lambda walk, heads_kv, group, programs: (members or group, None)
+    engine.launch.KEYS_IN_CACHE = 4 * mask.total_seqlen_k * 64  # a head of keys in the forward kernel
+
+    def in_batches(walk: Any, num_windows: int, groups: int, *args: int) -> torch.Tensor:
+        end = num_windows * groups
+        return torch.tensor([*range(0, end, 3), end], dtype=torch.int32)
+
+    engine.launch.DeviceWalk.in_batches = in_batches
+    check_bound(run_engine(engine, problem), problem)
+    check_bound(run_in_parts(engine, problem, [200]), problem)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+def test_short_windows_share_programs(heads: tuple[int, int]) -> None:
+    engine = EmulatedEngine(0, num_multiprocessors=1)
+    problem = make_problem(documents([60, 1, 90, 7] * 6, causal=True), heads)
+    problem.params = replace(problem.params, yields=True)
+    engine.launch.BACKWARD_BATCH = 128
+    grids = []
+
+    def grid(args: Any, programs: int) -> tuple[int, int, int]:
+        grids.append((args.num_batches * args.heads, args.num_items))
+        return real_grid(args, programs)
+
+    real_grid, engine.launch.grid = engine.launch.grid, grid
+    check_bound(run_engine(engine, problem), problem)
+    check_bound(run_in_parts(engine, problem, [450]), problem)
+    whole = grids[:2]
+    assert all(0 < num_programs < num_items for num_programs, num_items in whole), grids

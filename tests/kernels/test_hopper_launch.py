@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels import hopper
+from magi_attention.kernels.hopper.batches import cut_batches
 from magi_attention.kernels.hopper.launcher import Tiles, _kind
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State, make_parts
@@ -262,6 +264,38 @@ def test_kernels_stay_on_the_multiprocessors_that_are_theirs(driver: FakeCudaDri
     for launch in driver.launches:
         if launch.kernel in ("forward_kernel", "backward_kernel"):
             assert launch.grid == (min(launch.arguments["walk"].num_items, NUM_MULTIPROCESSORS - 32), 1, 1)
+
+
+def test_batches_where_other_kernels_wait(driver: FakeCudaDriver) -> None:
+    """They are made once for a mask, and are taken by the kernel that is there."""
+    tokens = 8192
+    mask, (q, k, v) = builders.sliding_window(tokens, (1023, 0)), make_inputs(tokens, (16, 2))
+    schedule = hopper.schedule(mask.bands, tokens, tokens)
+    hopper.forward(q, k, v, schedule, AttnParams(1.0))
+    alone, compiled = last(driver, "forward_kernel"), driver.num_compiled
+    walk = alone.arguments["walk"]
+    assert (alone.grid, walk.num_items, walk.num_batches) == ((NUM_MULTIPROCESSORS, 1, 1), 1024, 0)
+
+    for _ in range(2):
+        hopper.forward(q, k, v, schedule, AttnParams(1.0, yields=True))
+    first, second = list(driver.launches)[-2:]
+    walk = first.arguments["walk"]
+    assert driver.num_compiled == compiled and second.arguments["walk"].batches is walk.batches
+    assert first.grid == (walk.num_batches * 8, 1, 1) and 2 * NUM_MULTIPROCESSORS <= first.grid[0] < 700
+    assert walk.batches.tolist() == cut_batches(walk.windows[:, 3].numpy(), 1, 8, 128, NUM_MULTIPROCESSORS).tolist()
+
+
+def test_batches_of_the_backward_kernel(driver: FakeCudaDriver) -> None:
+    """Documents of 100 tokens: two or three tiles for each of 2 query heads, of 16 that a batch may have."""
+    tokens = 100 * 500
+    run(builders.varlen(range(0, tokens + 1, 100)), make_inputs(tokens, (4, 2), 128))
+    backward = last(driver, "backward_kernel")
+    walk = backward.arguments["walk"]
+    assert backward.grid == (walk.num_batches, 1, 1) and (walk.heads, backward.arguments["MEMBERS"]) == (1, 2)
+    assert walk.num_items == 1000 and 2 * NUM_MULTIPROCESSORS <= walk.num_batches < 700
+    tiles = np.tile(walk.windows[:, 3].numpy(), 2)  # one head after the other
+    sizes = np.add.reduceat(tiles, walk.batches[:-1].numpy())
+    assert tiles.max() < sizes.max() <= 16
 
 
 def test_what_no_kernel_takes() -> None:

@@ -28,6 +28,7 @@ from magi_attention.kernels.hopper.pipeline import (
     add_rows,
     columns_before,
     exp2,
+    find_turns,
     load_entry,
     load_intervals,
     load_item,
@@ -47,11 +48,13 @@ def produce(
 ):  # fmt: skip
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[0]
     STAGES: gl.constexpr = rings.q.full.shape[0]
+    turns = find_turns(walk)
     turn = 0
     tile = 0
-    item = load_item(walk, 0, False)
-    while item.index < walk.num_items:
-        # Entries are read one ahead, so that nothing waits for them.
+    item = load_item(walk, turns, 0, False)
+    while item.exists:
+        # Items and entries are read one ahead, so that nothing waits for them.
+        after = load_item(walk, turns, turn + 1, False)
         query, run, _ = load_entry(walk, item.entry)
         head_kv = item.head * MEMBERS // GROUP
         mbarrier.wait(rings.k.empty.index(0), (turn & 1) ^ 1)
@@ -92,7 +95,7 @@ def produce(
                     tile += 1
                 query, run = next_query, next_run
         turn += 1
-        item = load_item(walk, turn, False)
+        item = after
 
 
 class Rings(NamedTuple):
@@ -235,8 +238,8 @@ def consume(
 
     turn = 0
     tile = 0
-    item = load_item(walk, 0, False)
-    while item.index < walk.num_items:
+    item = load_item(walk, find_turns(walk), 0, False)
+    while item.exists:
         key, live = item.row + CONSUMER * KEYS, item.rows - CONSUMER * KEYS
         query, run, code = load_entry(walk, item.entry)
         starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
@@ -277,6 +280,9 @@ def consume(
                     starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
         mbarrier.arrive(rings.k.empty.index(0), count=1)
         head_kv = item.head * MEMBERS // GROUP
+        turn += 1
+        # The turns are found again, so that no registers hold them beside dk and dv.
+        after = load_item(walk, find_turns(walk), turn, False)
         if ADDS_UP:
             mbarrier.arrive(rings.v.empty.index(0), count=1)
             if live > 0:
@@ -289,8 +295,7 @@ def consume(
                 store_rows(dk * scales.product, dk_rows, dk_desc, v_buffer, key, head_kv, live, HEAD_DIM)
             tma.store_wait(0)
             mbarrier.arrive(rings.v.empty.index(0), count=1)
-        turn += 1
-        item = load_item(walk, turn, False)
+        item = after
     tma.store_wait(0)
 
 

@@ -28,6 +28,7 @@ from magi_attention.kernels.hopper.pipeline import (
     ROW_ENDS_INSIDE,
     columns_before,
     exp2,
+    find_turns,
     load_entry,
     load_intervals,
     load_item,
@@ -42,23 +43,23 @@ ROWS = gl.constexpr(64)  # of a consumer
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP: gl.constexpr, PACK: gl.constexpr):
+def produce(q_desc, k_desc, v_desc, walk, turns, q_ring, k_ring, v_ring, GROUP: gl.constexpr, PACK: gl.constexpr):
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[0]
     Q_STAGES: gl.constexpr = q_ring.full.shape[0]
     STAGES: gl.constexpr = k_ring.full.shape[0]
     turn = 0
     tile = 0
     # Everything is read one step ahead, so that nothing waits for it.
-    item = load_item(walk, 0, True)
-    after = load_item(walk, 1, True)
+    item = load_item(walk, turns, 0, True)
+    after = load_item(walk, turns, 1, True)
     first_col, first_run, _ = load_entry(walk, item.entry)
-    while item.index < walk.num_items:
+    while item.exists:
         col, run = first_col, first_run
         first_col, first_run, _ = load_entry(walk, after.entry)
         row, head, entry = item.row, item.head * PACK, item.entry
         left = gl.maximum(item.tiles, 1)  # rows that attend nothing have a tile, too
         item = after
-        after = load_item(walk, turn + 2, True)
+        after = load_item(walk, turns, turn + 2, True)
         head_kv = head // GROUP
         stage = turn % Q_STAGES
         q_full = q_ring.full.index(stage)
@@ -245,6 +246,7 @@ def consume(
     out,
     out_desc,
     walk,
+    turns,
     scales,
     q_ring,
     k_ring,
@@ -274,14 +276,14 @@ def consume(
 
     turn = 0
     tile = 0
-    item = load_item(walk, 0, True)
+    item = load_item(walk, turns, 0, True)
     col, run, code = load_entry(walk, item.entry)
     starts, ends = load_intervals(walk, code, item.row + ROW_STEP, item.rows - ROW_STEP, rows, LAYERED)
-    while item.index < walk.num_items:
+    while item.exists:
         done = item
         row, live, entry = item.row + ROW_STEP, item.rows - ROW_STEP, item.entry
         left = gl.maximum(item.tiles, 1) - 1
-        item = load_item(walk, turn + 1, True)
+        item = load_item(walk, turns, turn + 1, True)
         q_stage = turn % Q_STAGES
         mbarrier.wait(q_ring.full.index(q_stage), (turn // Q_STAGES) & 1)
         q_tile = q_ring.tiles.index(q_stage * 2 + CONSUMER).reshape([ROWS, D])
@@ -357,6 +359,7 @@ def forward_kernel(
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[2]
     dtype: gl.constexpr = q_desc.dtype
+    turns = find_turns(walk)
     q_tiles = gl.allocate_shared_memory(dtype, [2 * Q_STAGES, ROWS, 1, D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], v_desc.layout)
@@ -370,18 +373,18 @@ def forward_kernel(
             (
                 consume,
                 (
-                    out, out_desc, walk, scales, q_ring, k_ring, v_ring, out_buffers,
+                    out, out_desc, walk, turns, scales, q_ring, k_ring, v_ring, out_buffers,
                     0, PACK, HEAD_DIM, SOFTCAP, LAYERED, PART,
                 ),
             ),
             (
                 consume,
                 (
-                    out, out_desc, walk, scales, q_ring, k_ring, v_ring, out_buffers,
+                    out, out_desc, walk, turns, scales, q_ring, k_ring, v_ring, out_buffers,
                     1, PACK, HEAD_DIM, SOFTCAP, LAYERED, PART,
                 ),
             ),
-            (produce, (q_desc, k_desc, v_desc, walk, q_ring, k_ring, v_ring, GROUP, PACK)),
+            (produce, (q_desc, k_desc, v_desc, walk, turns, q_ring, k_ring, v_ring, GROUP, PACK)),
         ],
         [4, 1],
         [240, 24],

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from magi_attention.kernels.hopper.batches import cut_batches
 from magi_attention.kernels.hopper.walk import Walk, build_walk, cut_long_windows
 from magi_attention.kernels.parts import Part
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule, copy_to_device
@@ -34,6 +35,7 @@ class DeviceWalk:
     starts: torch.Tensor
     ends: torch.Tensor
     _pieces: dict[int, "DeviceWalk"] = field(default_factory=dict, init=False, repr=False)
+    _batches: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def copy(cls, walk: Walk, device: torch.device) -> "DeviceWalk":
@@ -68,6 +70,14 @@ class DeviceWalk:
             windows, entries = (copy_to_device(x, self.windows.device) for x in (walk.windows, walk.entries))
             self._pieces[most_tiles] = DeviceWalk(walk, windows, entries, self.starts, self.ends)
         return self._pieces[most_tiles]
+
+    def in_batches(self, num_windows: int, groups: int, heads: int, most_tiles: int, programs: int) -> torch.Tensor:
+        """:func:`~magi_attention.kernels.hopper.batches.cut_batches` of the first windows, on the device."""
+        name = num_windows, groups, heads, most_tiles, programs
+        if name not in self._batches:
+            batches = cut_batches(self.walk.windows[:num_windows, 3], groups, heads, most_tiles, programs)
+            self._batches[name] = copy_to_device(batches, self.windows.device)
+        return self._batches[name]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import torch
 
 from magi_attention.kernels.hopper.backward_items import backward_items
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
+from magi_attention.kernels.hopper.batches import BACKWARD_BATCH, FORWARD_BATCH
 from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
 from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSchedule
 from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
@@ -75,14 +76,16 @@ def launch_forward(
     pack = 2 if sizes.group % 2 == 0 else 1
     walk = schedule.by_queries(2 * CONSUMER_ROWS // pack, BLOCK_K, q.device)
     heads = heads_at_a_time(sizes.heads_kv, 4 * num_keys * sizes.dim) * (sizes.group // pack)
-    args = walk_args(walk, walk.num_busy if is_later else len(walk.windows), heads, q.shape[1] // pack)
-    if args.num_items == 0:
+    num_windows = walk.num_busy if is_later else len(walk.windows)
+    if num_windows == 0:
         return
+    programs = num_programs(q.device, params)
     # Programs that go on and on let nobody else in until they end.
-    programs = args.num_items if params.yields else min(args.num_items, num_programs(q.device, params))
+    batch = FORWARD_BATCH if params.yields else None
+    args = walk_args(walk, num_windows, heads, q.shape[1] // pack, programs, batch)
     tile, k_tile = (CONSUMER_ROWS, 1, sizes.dim), (BLOCK_K, 1, sizes.dim)
     _forward(
-        (programs, 1, 1),
+        grid(args, programs),
         tiles(copyable(q), tile),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
@@ -141,7 +144,8 @@ def launch_backward(
     sizes = Sizes.of(q, k)
     block_q = 64 if sizes.dim == 128 else 128
     walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device)
-    members, most_tiles = backward_items(walk, sizes.heads_kv, sizes.group, num_programs(q.device, params))
+    programs = num_programs(q.device, params)
+    members, most_tiles = backward_items(walk, sizes.heads_kv, sizes.group, programs)
     if most_tiles is not None:
         walk = walk.in_pieces(most_tiles, block_q)
     adds_up = members < sizes.group or most_tiles is not None
@@ -156,12 +160,12 @@ def launch_backward(
         k_descs = [tiles(x, (CONSUMER_ROWS, 1, sizes.dim)) if x.dtype == k.dtype else None for x in results]
     shares = sizes.heads_kv * sizes.group // members
     heads = heads_at_a_time(shares, 8 * num_rows * sizes.dim)
-    args = walk_args(walk, len(walk.windows), heads, shares)
-    # One program an item starts the next item wherever one ends first; but all multiprocessors get some.
-    programs = min(args.num_items, num_programs(q.device, params)) if params.sm_margin else args.num_items
+    # A program a batch starts the next batch wherever one ends first; but all multiprocessors get some.
+    batch = None if params.sm_margin else max(1, BACKWARD_BATCH // members)
+    args = walk_args(walk, len(walk.windows), heads, shares, programs, batch)
     q_tile, k_tile = (block_q, 1, sizes.dim), (CONSUMER_ROWS, 1, sizes.dim)
     _backward(
-        (programs, 1, 1),
+        grid(args, programs),
         tiles(copyable(q), q_tile),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
@@ -198,10 +202,34 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def walk_args(walk: DeviceWalk, num_windows: int, heads: int, all_heads: int) -> WalkArgs:
-    """The first windows of a walk for ``all_heads`` heads, ``heads`` at a time."""
-    arrays = walk.windows, walk.entries, walk.starts, walk.ends
-    return WalkArgs(*arrays, walk.starts.shape[1], num_windows, heads, num_windows * all_heads)
+def walk_args(
+    walk: DeviceWalk, num_windows: int, heads: int, all_heads: int, programs: int, batch: int | None
+) -> WalkArgs:
+    """The first windows of a walk for ``all_heads`` heads, ``heads`` at a time.
+
+    They are in batches of up to ``batch`` tiles; with None, ``programs`` programs take turns.
+    """
+    batches, num_batches = walk.windows[:0], 0
+    if batch is not None:
+        batches = walk.in_batches(num_windows, all_heads // heads, heads, batch, programs)
+        num_batches = len(batches) - 1
+    return WalkArgs(
+        walk.windows,
+        walk.entries,
+        walk.starts,
+        walk.ends,
+        batches,
+        layer_stride=walk.starts.shape[1],
+        num_windows=num_windows,
+        heads=heads,
+        num_items=num_windows * all_heads,
+        num_batches=num_batches,
+    )
+
+
+def grid(args: WalkArgs, programs: int) -> tuple[int, int, int]:
+    """A program for each batch and each of the heads that have it; where there are none, ``programs`` or fewer."""
+    return args.num_batches * args.heads or min(args.num_items, programs), 1, 1
 
 
 def heads_at_a_time(num_heads: int, bytes_of_head: int) -> int:

@@ -21,17 +21,20 @@ class WalkArgs(NamedTuple):
     """A walk, see :class:`magi_attention.kernels.hopper.walk.Walk`, as kernels take it.
 
     Items are pairs of a window and a head. ``heads`` of them are walked side by side, so that few are in the cache at a
-    time: all windows of the first ``heads`` heads, then of the next.
+    time: all windows of the first ``heads`` heads, then of the next. A program takes one of ``num_batches`` batches for
+    one head, see :mod:`magi_attention.kernels.hopper.batches`, or, if there are none, items in turns with the others.
     """
 
     windows: Any
     entries: Any
     starts: Any
     ends: Any
+    batches: Any
     layer_stride: int
     num_windows: int
     heads: int
     num_items: int
+    num_batches: int
 
 
 class Ring(NamedTuple):
@@ -62,10 +65,39 @@ def make_ring(tiles, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     return Ring(tiles, full, empty)
 
 
-class Item(NamedTuple):
-    """A window and a head: rows ``row`` to ``row + rows``, where their entries are, and the window's flags."""
+class Turns(NamedTuple):
+    """Which items a program takes, one each turn: those at ``first + turn * step``, and in every second turn ``swing``
+    further on, as long as that is before ``end``."""
 
-    index: Any
+    first: Any
+    step: Any
+    swing: Any
+    end: Any
+
+
+@gluon.jit
+def find_turns(walk):
+    """The turns of this program: its batch for one head, or, where there are no batches, one of as many items as there
+    are programs.
+
+    Of those, every second time in reverse order, so that two turns together weigh about the same for each program:
+    windows get lighter from first to last.
+    """
+    programs, program = gl.num_programs(0), gl.program_id(0)
+    first, step, swing, end = program, programs, programs - 1 - 2 * program, walk.num_items
+    if walk.num_batches > 0:
+        batch = walk.batches + program // walk.heads
+        first = gl.load(batch) * walk.heads + program % walk.heads
+        step, swing = walk.heads, 0
+        end = gl.load(batch + 1) * walk.heads
+    return Turns(first, step, swing, end)
+
+
+class Item(NamedTuple):
+    """A window and a head: whether there is a turn for it, rows ``row`` to ``row + rows``, where their entries are, and
+    the window's flags."""
+
+    exists: Any
     head: Any
     row: Any
     rows: Any
@@ -75,25 +107,23 @@ class Item(NamedTuple):
 
 
 @gluon.jit
-def load_item(walk, turn, ALTERNATE: gl.constexpr):
-    """The item of a turn; behind the last one, some window and no head, and ``index`` is ``num_items`` or more.
+def load_item(walk, turns, turn, ALTERNATE: gl.constexpr):
+    """The item of a turn; behind the last one, some window and maybe no head.
 
-    Programs take items in turns, every second turn in reverse order, so that two turns together weigh about the same
-    for each program: windows get lighter from first to last. Of the groups of heads that are walked side by side, every
-    second one may begin with its last window, so that weights go on where they were; the last group begins with its
-    first.
+    Of the groups of heads that are walked side by side, every second one may begin with its last window, so that
+    weights go on where they were; the last group begins with its first. So do all where there are batches.
     """
-    programs, program = gl.num_programs(0), gl.program_id(0)
-    index = turn * programs + gl.where((turn & 1) == 1, programs - 1 - program, program)
+    index = turns.first + turn * turns.step + (turn & 1) * turns.swing
     size = walk.num_windows * walk.heads
     group = index // size
     window = index % size // walk.heads
     if ALTERNATE:
-        backwards = ((walk.num_items // size - group) & 1) == 0
+        backwards = (walk.num_batches == 0) & (((walk.num_items // size - group) & 1) == 0)
         window = gl.where(backwards, walk.num_windows - 1 - window, window)
     head = group * walk.heads + index % walk.heads
+    exists = index < turns.end
     at = walk.windows + window * 5
-    return Item(index, head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4))
+    return Item(exists, head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4))
 
 
 @gluon.jit
