@@ -57,7 +57,9 @@ def test_named_masks(engine: Engine, name: str, seqlen: int) -> None:
         (torch.bfloat16, 128, (8, 8)),
         (torch.bfloat16, 96, (6, 2)),
         (torch.bfloat16, 192, (8, 1)),
+        (torch.float16, 136, (3, 3)),
         (torch.float16, 256, (6, 2)),
+        (torch.bfloat16, 256, (3, 1)),
         (torch.float32, 64, (6, 2)),
     ],
 )
@@ -66,9 +68,10 @@ def test_types_and_shapes(engine: Engine, dtype: torch.dtype, head_dim: int, hea
     check_bound(run_engine(engine, problem), problem)
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("name", ["varlen causal", "several intervals a row"])
-def test_softcap(engine: Engine, name: str) -> None:
-    problem = problem_on_gpu(engine, named_masks(1024)[name], softcap=0.8)
+def test_softcap(engine: Engine, name: str, head_dim: int) -> None:
+    problem = problem_on_gpu(engine, named_masks(1024)[name], head_dim=head_dim, softcap=0.8)
     check_bound(run_engine(engine, problem), problem)
 
 
@@ -222,6 +225,15 @@ def test_parts_of_the_keys(engine: Engine, name: str, bounds: list[int], sink: b
     check_bound(run_in_parts(engine, problem, bounds), problem)
 
 
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
+@pytest.mark.parametrize("head_dim", [192, 256])
+@pytest.mark.parametrize("name", ["full", "varlen causal", "several intervals a row", "holes"])
+def test_large_head_dims(engine: Engine, name: str, head_dim: int, heads: tuple[int, int]) -> None:
+    problem = problem_on_gpu(engine, named_masks(1024)[name], heads, head_dim).with_sink()
+    check_bound(run_engine(engine, problem), problem)
+    check_bound(run_in_parts(engine, problem, [0, 64, 700]), problem)
+
+
 def test_what_rows_that_attend_nothing_hold_does_not_matter(engine: Engine) -> None:
     mask = AttnMask.from_slices([(3, 140), (150, 260)], [(0, 130), (20, 160)], ["causal", "full"], 300, 160)
     problem = problem_on_gpu(engine, mask)
@@ -252,8 +264,9 @@ def test_deterministic_results_repeat_bit_by_bit(engine: Engine) -> None:
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-def test_some_multiprocessors_left_to_others(engine: Engine) -> None:
-    problem = problem_on_gpu(engine, builders.causal(1024))
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_some_multiprocessors_left_to_others(engine: Engine, head_dim: int) -> None:
+    problem = problem_on_gpu(engine, builders.causal(1024), head_dim=head_dim)
     problem.params = replace(problem.params, sm_margin=100)
     check_bound(run_engine(engine, problem), problem)
 

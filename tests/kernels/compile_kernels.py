@@ -78,6 +78,10 @@ HOPPER_CASES = {
     "128, parts, sink": Case(128, parts=True, sink=True),
     "64, fp16, softcap, layered, parts": Case(64, HALF, 6, 30.0, LAYERED, parts=True),
     "96, odd group, softcap, layered, parts": Case(96, torch.bfloat16, 3, 30.0, LAYERED, parts=True),
+    "256": Case(256),
+    "192, fp16, odd group, softcap, layered": Case(192, HALF, 3, 30.0, LAYERED),
+    "256, parts": Case(256, parts=True),
+    "256, parts, sink": Case(256, parts=True, sink=True),
 }
 TRITON_CASES = {
     "64": Case(64, group=8, parts=True),
@@ -137,7 +141,8 @@ class NoDriver:
 
 
 def compile_case(engine: str, name: str) -> list[Compiled]:
-    """Call all functions of an engine, of which those of the backward pass are the same with a sink."""
+    """Call all functions of an engine, but for the backward pass where its kernels are those of another case: with a
+    sink, and of the hopper engine where the triton engine's are taken."""
     module, case = {"hopper": hopper, "triton": by_tiles}[engine], CASES[engine][name]
     heads_kv = 2
     q, dout = (torch.zeros(TOKENS, heads_kv * case.group, case.head_dim, dtype=case.dtype) for _ in range(2))
@@ -151,7 +156,7 @@ def compile_case(engine: str, name: str) -> list[Compiled]:
         state = module.forward(q, k, v, schedule, params, sink=sink)
         if case.parts:
             module.forward(q, k, v, schedule, params, state)
-        if case.sink:
+        if case.sink or (module is hopper and hopper.by_tiles_backward(params, case.head_dim)):
             return compiled
         out, lse = state.out, state.lse
         grads = module.start_backward(out, dout, lse, lse, params)

@@ -143,6 +143,18 @@ def test_one_call(driver: FakeCudaDriver) -> None:
     assert finish.arguments["result"].data_ptr() == dq.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dim", "block_k"), [(64, 64, 128), (72, 128, 128), (136, 256, 64), (256, 256, 64)]
+)
+def test_tiles_of_a_head_dim(driver: FakeCudaDriver, head_dim: int, dim: int, block_k: int) -> None:
+    q, k, v = make_inputs(300, (2, 1), head_dim)
+    hopper.forward(q, k, v, hopper.schedule(builders.full(300).bands, 300, 300), AttnParams(1.0))
+    arguments = last(driver, "forward_kernel").arguments
+    assert arguments["q_desc"].block_shape == [64, 1, dim] and arguments["HEAD_DIM"] == head_dim
+    assert arguments["k_desc"].block_shape == arguments["v_desc"].block_shape == [block_k, 1, dim]
+    assert arguments["walk"].windows[:, 3].tolist() == [-(-300 // block_k)] * 5
+
+
 def test_items_of_one_query_head_where_windows_are_uneven(driver: FakeCudaDriver) -> None:
     tokens = 128 * 9
     q, k, v = make_inputs(tokens)
@@ -196,12 +208,14 @@ def test_a_sink_counts_once(driver: FakeCudaDriver) -> None:
     assert first.row_max is later.row_max is state.row_max
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_gradient_of_a_sink_from_the_terms_of_either_backward_pass(deterministic: bool) -> None:
-    """The deterministic one has the terms of the triton engine; of the other they are negative."""
+@pytest.mark.parametrize(("deterministic", "head_dim", "sign"), [(False, 128, -1), (True, 128, 1), (False, 136, 1)])
+def test_gradient_of_a_sink_from_the_terms_of_either_backward_pass(
+    deterministic: bool, head_dim: int, sign: int
+) -> None:
+    """Those of the triton engine, or, of the kernel here, their negatives."""
     lse, delta, sink = torch.randn(4, 75), torch.randn(4, 75), torch.linspace(-1, 2, 4)
-    sign = 1 if deterministic else -1
-    grads = QueryGrads(lse, sign * lse / math.log(2), sign * delta, lse)
+    dq = torch.zeros(75, 4, head_dim)
+    grads = QueryGrads(dq, sign * lse / math.log(2), sign * delta, dq)
     dsink = hopper.sink_grad(grads, sink, AttnParams(1.0, deterministic=deterministic))
     torch.testing.assert_close(dsink, -(torch.exp(sink[:, None] - lse) * delta).sum(1))
 

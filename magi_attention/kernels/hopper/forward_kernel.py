@@ -34,6 +34,7 @@ from magi_attention.kernels.hopper.pipeline import (
     load_item,
     load_kept,
     make_ring,
+    split_columns,
     store_kept,
     store_rows,
     tanh,
@@ -121,11 +122,35 @@ def merged_lse(before, lse):
 
 
 @gluon.jit
+def store_columns(
+    result, kept, begun, weight_before, out, out_desc, buffer, row, head, live, flags,
+    HEAD_DIM: gl.constexpr, COLUMN: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Store an item's columns from ``COLUMN`` on, of a later part together with what is there from those before."""
+    rows: gl.constexpr = gl.SliceLayout(1, result.type.layout)
+    kept = gl.convert_layout(kept, rows)
+    if PART == LATER_PART:
+        before = load_kept(result, out.sums, row, head, gl.convert_layout(begun, rows), HEAD_DIM, COLUMN)
+        result += before * gl.convert_layout(weight_before, rows)[:, None]
+    if PART == WHOLE:
+        store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM, COLUMN)
+    else:
+        if (flags & GOES_ON) != 0:
+            store_kept(result, out.sums, row, head, kept, HEAD_DIM, COLUMN)
+        if (flags & ENDS) != 0:
+            if PART == FIRST_PART:
+                store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM, COLUMN)
+            else:
+                store_kept(result.to(out_desc.dtype), out.rows, row, head, kept, HEAD_DIM, COLUMN)
+
+
+@gluon.jit
 def finish(
     acc, top, total, out, out_desc, buffer, item, scale,
     ROW_STEP: gl.constexpr, HEAD_STEP: gl.constexpr, PACK: gl.constexpr, HEAD_DIM: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """Normalise the sums of an item and store them."""
+    """Normalise the sums of an item and store them, as many columns at a time as ``buffer`` holds."""
+    COLUMNS: gl.constexpr = out_desc.block_type.shape[2]
     row, live, head = item.row + ROW_STEP, item.rows - ROW_STEP, item.head * PACK + HEAD_STEP
     rows: gl.constexpr = top.type.layout
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -135,6 +160,7 @@ def finish(
     weight = gl.where(dead, 0.0, 1.0 / total)
     token = gl.arange(0, ROWS, layout=rows)
     kept = token < live
+    begun, weight_before = None, None
     lse_ptr = out.lse + gl.cast(head, gl.int64) * out.lse_stride + row + token
     if PART == LATER_PART:
         kept = kept & (total != 0.0)  # what these keys add nothing to stays as it is
@@ -156,21 +182,12 @@ def finish(
         if PART == LATER_PART:
             highest = gl.maximum(highest, gl.load(max_ptr, mask=kept, other=float("-inf")))
         gl.store(max_ptr, highest, mask=kept)
-    result = acc * gl.convert_layout(weight, acc_rows)[:, None]
-    kept = gl.convert_layout(kept, acc_rows)
-    if PART == LATER_PART:
-        before = load_kept(acc, out.sums, row, head, gl.convert_layout(begun, acc_rows), HEAD_DIM)
-        result += before * gl.convert_layout(weight_before, acc_rows)[:, None]
-    if PART == WHOLE:
-        store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM)
-    else:
-        if (item.flags & GOES_ON) != 0:
-            store_kept(result, out.sums, row, head, kept, HEAD_DIM)
-        if (item.flags & ENDS) != 0:
-            if PART == FIRST_PART:
-                store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM)
-            else:
-                store_kept(result.to(out_desc.dtype), out.rows, row, head, kept, HEAD_DIM)
+    blocks = split_columns(acc * gl.convert_layout(weight, acc_rows)[:, None], COLUMNS)
+    for n in gl.static_range(acc.shape[1] // COLUMNS):
+        store_columns(
+            blocks[n], kept, begun, weight_before, out, out_desc, buffer, row, head, live, item.flags,
+            HEAD_DIM, n * COLUMNS, PART,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -363,7 +380,7 @@ def forward_kernel(
     q_tiles = gl.allocate_shared_memory(dtype, [2 * Q_STAGES, ROWS, 1, D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], v_desc.layout)
-    out_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, 1, D], q_desc.layout)
+    out_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, 1, out_desc.block_type.shape[2]], out_desc.layout)
     q_ring = make_ring(q_tiles, Q_STAGES, 2)
     k_ring = make_ring(k_tiles, STAGES, 2)
     v_ring = make_ring(v_tiles, STAGES, 2)

@@ -20,13 +20,36 @@ from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.scales import Scales
 
 CONSUMER_ROWS = 64  # of scores
-BLOCK_K = 128
 KEYS_IN_CACHE = 32 << 20
 """Bytes of k and v, or of q and dout, that are walked at a time: most of the cache that all multiprocessors share."""
 
 # Registers on entry, before the roles take their own share.
 _forward = Launcher(forward_kernel, num_warps=4, maxnreg=168)
 _backward = Launcher(backward_kernel, num_warps=4, maxnreg=168)
+
+
+class ForwardShape(NamedTuple):
+    """How the forward kernel divides its work and the 227 KiB of shared memory.
+
+    Attributes:
+        block_k: Keys of a tile.
+        stages: How many tiles of k, and of v, there is room for.
+        q_stages: The same of queries of an item.
+        out_columns: Columns of results that are stored at a time.
+    """
+
+    block_k: int
+    stages: int
+    q_stages: int
+    out_columns: int
+
+
+# By the dimensions of a tile. Of 256, a consumer's sums take 128 registers a thread: of scores 64 x 64 fit beside them.
+FORWARD_SHAPES = {
+    64: ForwardShape(block_k=128, stages=4, q_stages=2, out_columns=64),
+    128: ForwardShape(block_k=128, stages=2, q_stages=2, out_columns=128),
+    256: ForwardShape(block_k=64, stages=2, q_stages=1, out_columns=128),
+}
 
 
 class Sizes(NamedTuple):
@@ -52,7 +75,7 @@ class Sizes(NamedTuple):
 
 def tile_dim(head_dim: int) -> int:
     """Dimensions of a tile."""
-    return 64 if head_dim <= 64 else 128
+    return next(dim for dim in FORWARD_SHAPES if head_dim <= dim)
 
 
 def launch_forward(
@@ -73,8 +96,9 @@ def launch_forward(
             fill_without_keys(state, sink)
         return
     sizes = Sizes.of(q, k)
+    shape = FORWARD_SHAPES[sizes.dim]
     pack = 2 if sizes.group % 2 == 0 else 1
-    walk = schedule.by_queries(2 * CONSUMER_ROWS // pack, BLOCK_K, q.device)
+    walk = schedule.by_queries(2 * CONSUMER_ROWS // pack, shape.block_k, q.device)
     heads = heads_at_a_time(sizes.heads_kv, 4 * num_keys * sizes.dim) * (sizes.group // pack)
     num_windows = walk.num_busy if is_later else len(walk.windows)
     if num_windows == 0:
@@ -83,13 +107,13 @@ def launch_forward(
     # Programs that go on and on let nobody else in until they end.
     batch = FORWARD_BATCH if params.yields else None
     args = walk_args(walk, num_windows, heads, q.shape[1] // pack, programs, batch)
-    tile, k_tile = (CONSUMER_ROWS, 1, sizes.dim), (BLOCK_K, 1, sizes.dim)
+    k_tile = shape.block_k, 1, sizes.dim
     _forward(
         grid(args, programs),
-        tiles(copyable(q), tile),
+        tiles(copyable(q), (CONSUMER_ROWS, 1, sizes.dim)),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
-        tiles(out, tile),
+        tiles(out, (CONSUMER_ROWS, 1, shape.out_columns)),
         Out(
             rows(out),
             rows(out if sums is None else sums),
@@ -103,8 +127,8 @@ def launch_forward(
         GROUP=sizes.group,
         PACK=pack,
         HEAD_DIM=sizes.head_dim,
-        STAGES=2 if sizes.dim == 128 else 4,
-        Q_STAGES=2,
+        STAGES=shape.stages,
+        Q_STAGES=shape.q_stages,
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
         PART=(LATER_PART if is_later else WHOLE if sums is None else FIRST_PART).value,

@@ -176,24 +176,25 @@ def side_by_side(x):
 
 
 @gluon.jit
-def row_pointers(like, x, row, head, kept, HEAD_DIM: gl.constexpr):
-    """Where the rows of a head are from ``row`` on, in the layout of ``like``, and which elements are to be kept."""
+def row_pointers(like, x, row, head, kept, HEAD_DIM: gl.constexpr, COLUMN: gl.constexpr):
+    """Where a head's columns from ``COLUMN`` on are, of rows from ``row`` on, in the layout of ``like``, and which
+    elements are to be kept."""
     token = gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, like.type.layout))
-    dim = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, like.type.layout))
+    dim = COLUMN + gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, like.type.layout))
     start = x.ptr + gl.cast(row, gl.int64) * x.token_stride + gl.cast(head, gl.int64) * x.head_stride
     offset = (token.to(gl.int64) * x.token_stride)[:, None] + dim[None, :]
     return start + offset, kept[:, None] & (dim < HEAD_DIM)[None, :]
 
 
 @gluon.jit
-def load_kept(like, x, row, head, kept, HEAD_DIM: gl.constexpr):
-    ptr, exists = row_pointers(like, x, row, head, kept, HEAD_DIM)
+def load_kept(like, x, row, head, kept, HEAD_DIM: gl.constexpr, COLUMN: gl.constexpr):
+    ptr, exists = row_pointers(like, x, row, head, kept, HEAD_DIM, COLUMN)
     return gl.load(ptr, mask=exists, other=0.0)
 
 
 @gluon.jit
-def store_kept(result, x, row, head, kept, HEAD_DIM: gl.constexpr):
-    ptr, exists = row_pointers(result, x, row, head, kept, HEAD_DIM)
+def store_kept(result, x, row, head, kept, HEAD_DIM: gl.constexpr, COLUMN: gl.constexpr = 0):
+    ptr, exists = row_pointers(result, x, row, head, kept, HEAD_DIM, COLUMN)
     gl.store(ptr, result, mask=exists)
 
 
@@ -204,31 +205,38 @@ def first_rows(like, live):
 
 
 @gluon.jit
-def store_rows(result, x, x_desc, buffer, row, head, live, HEAD_DIM: gl.constexpr):
+def store_rows(result, x, x_desc, buffer, row, head, live, HEAD_DIM: gl.constexpr, COLUMN: gl.constexpr = 0):
     """Store a tile of results, of which ``live`` rows exist; whole ones leave by a bulk copy from ``buffer``."""
     if x_desc is None:
-        store_kept(result, x, row, head, first_rows(result, live), HEAD_DIM)
+        store_kept(result, x, row, head, first_rows(result, live), HEAD_DIM, COLUMN)
     else:
         low = result.to(x_desc.dtype)
         if live >= result.shape[0]:
             tma.store_wait(0)
             buffer.reshape(result.shape).store(low)
             fence_async_shared()
-            store_tile(x_desc, [row, head, 0], buffer)
+            store_tile(x_desc, [row, head, COLUMN], buffer)
         else:
-            store_kept(low, x, row, head, first_rows(low, live), HEAD_DIM)
+            store_kept(low, x, row, head, first_rows(low, live), HEAD_DIM, COLUMN)
+
+
+@gluon.jit
+def split_columns(result, COLUMNS: gl.constexpr):
+    """A tile of results as a tuple of tiles of ``COLUMNS`` columns: itself, or both its halves."""
+    if result.shape[1] == COLUMNS:
+        blocks = (result,)
+    else:
+        blocks = result.reshape([result.shape[0], 2, COLUMNS]).permute((0, 2, 1)).split()
+    return blocks
 
 
 @gluon.jit
 def add_rows(result, x_desc, buffer, row, head):
     """Add a tile of results to memory by bulk reductions, 64 columns at a time."""
     D: gl.constexpr = result.shape[1]
-    if D == 64:
-        parts = (result,)
-    else:
-        parts = result.reshape([result.shape[0], 2, 64]).permute((0, 2, 1)).split()
+    blocks = split_columns(result, 64)
     for n in gl.static_range(D // 64):
         tma.store_wait(0)
-        buffer.store(parts[n])
+        buffer.store(blocks[n])
         fence_async_shared()
         add_tile(x_desc, [row, head * D + n * 64], buffer)
