@@ -271,6 +271,13 @@ def test_some_multiprocessors_left_to_others(engine: Engine, head_dim: int) -> N
     check_bound(run_engine(engine, problem), problem)
 
 
+def test_programs_that_take_several_short_windows(engine: Engine) -> None:
+    problem = problem_on_gpu(engine, builders.varlen(range(0, 2041, 60), causal=True), heads=(64, 32))
+    problem.params = replace(problem.params, yields=True)
+    check_bound(run_engine(engine, problem), problem)
+    check_bound(run_in_parts(engine, problem, [1000]), problem)
+
+
 def functional(problem: Problem, engine: Engine, ranges: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     """All of ``NAMES`` by the public function."""
     leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v, problem.sink)]
