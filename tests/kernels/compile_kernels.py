@@ -87,6 +87,7 @@ TRITON_CASES = {
     "64": Case(64, group=8, parts=True),
     "128": Case(128, group=8, parts=True),
     "256": Case(256, group=8, parts=True),
+    "136, fp16, one head a key head": Case(136, HALF, 1, parts=True),
     "128, sink": Case(128, group=8, parts=True, sink=True),
     "96, fp16, softcap, layered": Case(96, HALF, 8, 30.0, LAYERED, parts=True),
 }

@@ -40,7 +40,7 @@ def test_a_gpu_gets_a_gpu_engine(gpu: None, dtype: torch.dtype) -> None:
     ("dtype", "head_dim", "reason"),
     [
         (torch.float64, 64, "takes bfloat16, float16 and float32, not torch.float64"),
-        (torch.bfloat16, 257, "takes a head_dim up to 256, not 257"),
+        (torch.bfloat16, 257, "takes a head_dim up to 256 that is a multiple of 8, not 257"),
     ],
 )
 def test_the_reference_engine_is_not_chosen_silently_on_a_gpu(

@@ -37,8 +37,8 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return f"runs on GPUs ({' and '.join(DEVICE_TYPES)}), not on {device.type}"
     if dtype not in DTYPES:
         return f"takes bfloat16, float16 and float32, not {dtype}"
-    if head_dim > tuning.MAX_HEAD_DIM:
-        return f"takes a head_dim up to {tuning.MAX_HEAD_DIM}, not {head_dim}"
+    if head_dim > tuning.MAX_HEAD_DIM or head_dim % 8:
+        return f"takes a head_dim up to {tuning.MAX_HEAD_DIM} that is a multiple of 8, not {head_dim}"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install magi-attention[gpu]"
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -9,8 +9,12 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+UNIT = tl.constexpr(8)
+"""What a head_dim and strides are multiples of. The compiler knows it, so that loads are of eight elements."""
+
+
 class Rows(NamedTuple):
-    """A ``(tokens, heads, head_dim)`` tensor whose last dimension is contiguous."""
+    """A ``(tokens, heads, head_dim)`` tensor whose last dimension is contiguous; strides count ``UNIT`` elements."""
 
     ptr: Any
     token_stride: int
@@ -18,9 +22,11 @@ class Rows(NamedTuple):
 
 
 def as_rows(x: torch.Tensor) -> Rows:
-    """The tensor as kernels take it; copied if its last dimension is not contiguous."""
-    x = x if x.stride(2) == 1 else x.contiguous()
-    return Rows(x, x.stride(0), x.stride(1))
+    """The tensor as kernels take it; copied if it is not."""
+    token_stride, head_stride, dim_stride = x.stride()
+    if dim_stride != 1 or token_stride % UNIT.value or head_stride % UNIT.value:
+        x = x.contiguous()
+    return Rows(x, x.stride(0) // UNIT.value, x.stride(1) // UNIT.value)
 
 
 @triton.jit
@@ -53,14 +59,14 @@ def packed_rows(first, end, GROUP: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.
 @triton.jit
 def pointers(x, token, head, BLOCK_D: tl.constexpr):
     """Where the rows of ``token`` and ``head`` are; offsets have 64 bits, tensors may have more than 2^31 elements."""
-    row = token.to(tl.int64) * x.token_stride + tl.cast(head, tl.int64) * x.head_stride
+    row = (token.to(tl.int64) * x.token_stride + tl.cast(head, tl.int64) * x.head_stride) * UNIT
     return x.ptr + row[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
 def advance(x, count):
     """How far ``count`` tokens are."""
-    return tl.cast(count, tl.int64) * x.token_stride
+    return tl.cast(count, tl.int64) * x.token_stride * UNIT
 
 
 @triton.jit
