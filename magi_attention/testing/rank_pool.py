@@ -2,6 +2,8 @@
 
 import datetime
 import itertools
+import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -96,6 +98,9 @@ class _World:
 
 def _serve(world: _World, connection: Connection) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        # Or gloo looks for the host's name, which takes it long for each group where there is no network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rank, on_gpu = world.rank, world.backend == "nccl"
     # Fills uninitialised memory with NaN, too. Not all that tests do on a GPU has a deterministic implementation.
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
