@@ -99,7 +99,7 @@ class _World:
 def _serve(world: _World, connection: Connection) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
-        # Or gloo looks for the host's name, which takes it long for each group where there is no network.
+        # All are on this host, which may have no network to look for its own name in.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rank, on_gpu = world.rank, world.backend == "nccl"
     # Fills uninitialised memory with NaN, too. Not all that tests do on a GPU has a deterministic implementation.

@@ -13,10 +13,9 @@ from magi_attention.mask import builders
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.rank_pool import RankPool
 
-from ..kernels.attention import check_bound
 from ..runtime.attention_on_ranks import Problem, attend, make_key
 from ..runtime.test_hierarchy import mesh_of
-from .test_distributed import local_inputs, make_problem, on_gpu, step
+from .test_distributed import check_on_gpu, local_inputs, make_problem, on_gpu, step
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 
@@ -58,7 +57,7 @@ def test_named_masks(gpus: RankPool, nodes: Nodes, intra_node: IntraNode, degree
     first, *others = gpus.run(attend_all, 4, problems, nodes)
     for n, (problem, results) in enumerate(zip(problems, first, strict=True)):
         assert all(torch.equal(a, b[n][i]) for b in others for i, a in enumerate(results))
-        check_bound(results, problem)
+        check_on_gpu(results, problem)
 
 
 def repeat(rank: int, group: dist.ProcessGroup, problem: Problem, nodes: Nodes) -> bool:

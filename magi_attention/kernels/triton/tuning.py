@@ -1,7 +1,8 @@
 """The sizes of tiles, and how many warps and buffers work on one.
 
 Derived from what the compiler reports for compute capability 8.0 and 9.0, see ``tests/kernels/test_triton_compile.py``:
-the largest tiles of those tried that spill (next to) no registers and fit into shared memory. None has been timed.
+the largest tiles of those tried that spill (next to) no registers and fit into shared memory. Only the backward kernels
+of 256 for compute capability 9.0 have been timed, on an H200: these were the fastest of eight and of seven shapes.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Tuning:
 _HOPPER = {
     64: Tuning(TileShape(128, 64, 4, 3), TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3)),
     128: Tuning(TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 2), TileShape(128, 64, 8, 2)),
-    256: Tuning(TileShape(128, 64, 8, 2), TileShape(128, 32, 8, 2), TileShape(64, 32, 8, 2)),
+    256: Tuning(TileShape(128, 64, 8, 2), TileShape(128, 32, 8, 3), TileShape(64, 64, 8, 2)),
 }
 # Within 99 KiB, which all since Ampere have.
 _OTHERS = {
