@@ -82,7 +82,7 @@ def test_block_lists_are_exact(name: str) -> None:
 def test_documents_are_the_mask(name: str) -> None:
     """What flash-attn-4 is told natively: documents, causal, and how many earlier tokens a window has."""
     case = cases.make_case(name, SEQLEN)
-    assert (case.documents is None) == (name in ("block causal", "prefix tree"))
+    assert (case.documents is None) == (name in ("block causal", "prefix tree", "published block causal"))
     if case.documents is not None:
         options = rivals._flash_attn_4_options(case.documents)
         left, right = options.get("window_size", (SEQLEN, 0 if case.documents.causal else SEQLEN))

@@ -4,6 +4,8 @@ PYTHONPATH=. compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 PYTHONPATH=. compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -19,7 +21,7 @@ SEQLEN = 203  # a multiple of nothing
 def main() -> None:
     """Every engine for this GPU, forward and backward, whole and in two parts of the keys."""
     for engine in ENGINES:
-        for head_dim in (64, 128):
+        for head_dim in (64, 128, 256):
             if engine.refusal(torch.device("cuda", 0), torch.bfloat16, head_dim) is not None:
                 continue
             for name in MASKS:
@@ -31,6 +33,8 @@ def main() -> None:
                 goes_on = Part(np.arange(SEQLEN) % 2 == 0)
                 first = engine.schedule(bands, SEQLEN, SEQLEN, goes_on)
                 engine.forward(q, k, v, first, params, engine.forward(q, k, v, first, params))
+                # Few programs, so that each takes several windows.
+                engine.forward(q, k, v, schedule, replace(params, yields=True, sm_margin=130))
                 out, lse, *_ = engine.forward(q, k, v, schedule, params)
                 grads = engine.start_backward(out, dout, lse, torch.randn_like(lse), params)
                 engine.backward(grads, q, k, v, schedule, params, k.dtype)

@@ -22,7 +22,6 @@ SPILLS: Numbers = {
     ("64", "backward_kernel MEMBERS=6"): (380, 424, 448, 716),
     ("128, layered", "forward_kernel LAYERED PART=0"): (0, 0, 24, 32),
     ("128, layered", "backward_kernel LAYERED MEMBERS=6"): (248, 236, 256, 576),
-    ("128, layered", "backward_kernel MEMBERS=6"): (208, 212, 244, 564),
     ("128, fp16, odd group, softcap", "forward_kernel SOFTCAP PART=0"): (0, 20, 20, 32),
     ("128, fp16, odd group, softcap", "backward_kernel ADDS_UP SOFTCAP MEMBERS=1"): (460, 484, 496, 756),
     ("128, fp16, odd group, softcap", "backward_kernel SOFTCAP MEMBERS=3"): (496, 524, 544, 816),
@@ -38,8 +37,6 @@ SPILLS: Numbers = {
     ("96, odd group, softcap, layered, parts", "backward_kernel SOFTCAP LAYERED MEMBERS=3"): (516, 524, 488, 752),
     ("256", "forward_kernel PART=0"): (36, 36, 68, 136),
     ("192, fp16, odd group, softcap, layered", "forward_kernel SOFTCAP LAYERED PART=0"): (48, 60, 80, 144),
-    ("256, parts", "forward_kernel PART=1"): (120, 152, 96, 168),
-    ("256, parts", "forward_kernel PART=2"): (88, 72, 60, 212),
     ("256, parts, sink", "forward_kernel PART=1"): (120, 152, 96, 168),
     ("256, parts, sink", "forward_kernel PART=2"): (88, 72, 60, 212),
 }
@@ -51,7 +48,7 @@ IN_HOT_LOOPS: Numbers = {
     ("128", "backward_kernel MEMBERS=6"): (0, 0, 0, 18),
     ("256", "forward_kernel PART=0"): (0, 0, 0, 0),
     ("192, fp16, odd group, softcap, layered", "forward_kernel SOFTCAP LAYERED PART=0"): (0, 0, 0, 0),
-    ("256, parts", "forward_kernel PART=2"): (0, 0, 0, 0),
+    ("256, parts, sink", "forward_kernel PART=2"): (0, 0, 0, 0),
 }
 
 
