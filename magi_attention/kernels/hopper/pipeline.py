@@ -77,11 +77,10 @@ class Turns(NamedTuple):
 
 @gluon.jit
 def find_turns(walk):
-    """The turns of this program: its batch for one head, or, where there are no batches, one of as many items as there
-    are programs.
+    """The turns of this program: the windows of its batch for one head.
 
-    Of those, every second time in reverse order, so that two turns together weigh about the same for each program:
-    windows get lighter from first to last.
+    Where there are no batches, programs deal the items out among themselves, one each a turn, and every second turn in
+    reverse order: windows get lighter from first to last, and so two turns weigh about the same for each program.
     """
     programs, program = gl.num_programs(0), gl.program_id(0)
     first, step, swing, end = program, programs, programs - 1 - 2 * program, walk.num_items
