@@ -17,7 +17,7 @@ ONLY_3.9.0 := and python_version >= "3.11"
 .PHONY: help demo test lint format pytest tritons docs dist bench clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/python examples/train_packed_documents.py

@@ -27,7 +27,7 @@ from magi_attention.api import (
     calc_attn,
     get_position_ids,
     init_hierarchical_mesh,
-    magi_attn_flex_key,
+    magi_attn_mask_key,
 )
 from magi_attention.config import AttnOverlapMode
 from magi_attention.mask import AttnMask
@@ -131,20 +131,16 @@ class Contender:
 
 def plan_of(task: Task) -> AttnPlan:
     """The plan that this library's key is made with; over nodes, where their ranks split heads."""
-    q_ranges, k_ranges, types = task.case.mask.to_ranges()
-    mask = AttnMask.from_slices(q_ranges, k_ranges, types, task.total, task.total)
     nodes, by_heads = task.variant.nodes, task.config.intra_node == "heads"
-    plan = plan_attention(mask, nodes if by_heads else task.size, task.variant.chunk_size, 0, task.config)
+    plan = plan_attention(task.case.mask, nodes if by_heads else task.size, task.variant.chunk_size, 0, task.config)
     return plan if by_heads else plan.on_mesh((nodes, task.size // nodes))
 
 
 def magi(task: Task) -> Contender:
     """This library; the key is made before."""
     variant = task.variant
-    key = magi_attn_flex_key(
-        *task.case.mask.to_ranges(),
-        task.total,
-        task.total,
+    key = magi_attn_mask_key(
+        task.case.mask,
         0,
         variant.chunk_size,
         None if variant.has_mesh else task.group,

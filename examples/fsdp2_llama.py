@@ -167,6 +167,7 @@ def train(args: argparse.Namespace, device: torch.device) -> list[float]:
 
 
 if __name__ == "__main__":
+    args = parse_arguments()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -174,6 +175,6 @@ if __name__ == "__main__":
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
-    train(parse_arguments(), device)
+    train(args, device)
     dist.barrier()
     dist.destroy_process_group()

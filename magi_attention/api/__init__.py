@@ -25,6 +25,7 @@ from magi_attention.api.magi_attn_interface import (
     set_plan_cache_capacity,
     undispatch,
 )
+from magi_attention.api.mask_key import magi_attn_mask_key
 from magi_attention.api.new_mask import (
     make_flex_key_for_new_mask_after_dispatch,
     make_varlen_key_for_new_mask_after_dispatch,
@@ -75,6 +76,7 @@ __all__ = [
     "init_hierarchical_mesh",
     "magi_attn_flex_dispatch",
     "magi_attn_flex_key",
+    "magi_attn_mask_key",
     "magi_attn_varlen_dispatch",
     "magi_attn_varlen_key",
     "make_flex_key_for_new_mask_after_dispatch",

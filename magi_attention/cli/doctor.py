@@ -55,7 +55,7 @@ def versions() -> Iterator[tuple[str, str]]:
     try:
         yield "triton", importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        yield "triton", "not installed: pip install magi-attention[gpu]"
+        yield "triton", "not installed: pip install 'triton>=3.6'"
     for n in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(n)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"

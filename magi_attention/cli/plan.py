@@ -131,7 +131,7 @@ def draw(plan: AttnPlan, timeline: Timeline, args: argparse.Namespace) -> None:
         from magi_attention.viz.plan_picture import plot_plan
         from magi_attention.viz.timeline_picture import plot_timeline
     except ImportError:
-        raise ImportError("--plot and --timeline-plot need matplotlib: pip install magi-attention[viz]") from None
+        raise ImportError("--plot and --timeline-plot need matplotlib: pip install matplotlib") from None
     if args.plot:
         plot_plan(plan, args.plot)
     if args.timeline_plot:
@@ -221,7 +221,7 @@ def print_tables(plan: AttnPlan, ranks: list[RankReport], plan_ms: float, timeli
         from magi_attention.viz.plan_table import plan_table, rows_table
         from magi_attention.viz.timeline_table import timeline_table
     except ImportError:
-        print("the tables need rich: pip install magi-attention[viz]")
+        print("the tables need rich: pip install rich")
     else:
         console = Console()
         console.print(plan_table(plan, ranks))

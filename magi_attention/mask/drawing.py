@@ -87,7 +87,7 @@ def plot(
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
     except ImportError:
-        raise ImportError("plotting a mask needs matplotlib: pip install magi-attention[viz]") from None
+        raise ImportError("plotting a mask needs matplotlib: pip install matplotlib") from None
 
     areas, cells = _coarse(bands, total_seqlen_q, total_seqlen_k, max_size=256)
     share = areas.sum() / max(1, total_seqlen_q * total_seqlen_k)

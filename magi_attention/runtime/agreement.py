@@ -16,18 +16,14 @@ class Agreement:
     gathered: list[torch.Tensor]
     work: dist.Work
 
-    def check(self) -> None:
-        """Wait for the digests and compare them.
-
-        Raises:
-            ValueError: On every rank, when they are not all the same.
-        """
+    def disagreement(self) -> str | None:
+        """Wait for the digests and compare them: on every rank, what to say when they are not all the same."""
         self.work.wait()
         digests = [tuple(d.tolist()) for d in self.gathered]
         if len(set(digests)) == 1:
-            return
+            return None
         groups = [[r for r, d in enumerate(digests) if d == digest] for digest in dict.fromkeys(digests)]
-        raise ValueError(
+        return (
             "the ranks of the context-parallel group were given different masks, padding, chunk sizes or "
             f"configurations; ranks that agree with each other: {groups}. Every rank must pass the same global mask"
         )

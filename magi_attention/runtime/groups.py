@@ -88,11 +88,14 @@ def resolve_group(cp_group: dist.ProcessGroup | None, cp_mesh: DeviceMesh | None
         ValueError: If not exactly one is given, or a mesh of several axes does not name them or is not in the order of
             its ranks.
     """
-    if (cp_group is None) == (cp_mesh is None):
-        given = "neither" if cp_group is None else "both"
-        raise ValueError(f"exactly one of cp_group and cp_mesh must be given, not {given}")
+    if cp_group is None and cp_mesh is None:
+        hint = "" if dist.is_initialized() else "; torch.distributed.init_process_group has not been called yet"
+        raise ValueError(f"exactly one of cp_group and cp_mesh must be given, not neither{hint}")
     if cp_mesh is not None:
-        return _of_mesh(cp_mesh)
+        ranks = _of_mesh(cp_mesh)
+        if cp_group is not None:
+            raise ValueError("exactly one of cp_group and cp_mesh must be given, not both")
+        return ranks
     if not isinstance(cp_group, dist.ProcessGroup):
         raise TypeError(
             f"cp_group must be a torch.distributed.ProcessGroup that this rank is part of, not {cp_group!r}"

@@ -10,7 +10,6 @@ from magi_attention.planning import AttnPlan, RankPlan, Sources, plan_attention,
 from magi_attention.planning.attn_plan import check_new_mask
 from magi_attention.planning.chunking import check_pad_size
 from magi_attention.planning.sources import SELF_ATTENTION
-from magi_attention.runtime.agreement import start_agreement
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.groups import CpGroup
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -98,7 +97,7 @@ def _enter(
         runtime = DistAttnRuntime(rank_plan, group)
         runtimes.put(key, runtime)
     if key.cp_size > 1:
-        runtime.agreements.append(start_agreement(key.digest, group.flat))
+        runtime.start_agreement(key.digest)
     return key
 
 
@@ -116,7 +115,8 @@ def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, ranks: CpGroup) -> None
         ("sources", plan.sources, key.sources),
     ):
         if planned != wanted:
-            raise ValueError(f"plan was made with {name} {planned!r}, but the key has {name} {wanted!r}")
+            hint = "; magi_attn_mask_key takes the very mask of a plan" if name == "mask" else ""
+            raise ValueError(f"plan was made with {name} {planned!r}, but the key has {name} {wanted!r}{hint}")
 
 
 def ready_runtime(key: DistAttnRuntimeKey) -> DistAttnRuntime:

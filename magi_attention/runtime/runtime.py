@@ -13,7 +13,7 @@ from magi_attention.kernels.parts import make_parts
 from magi_attention.planning import DispatchPlan, RankPlan
 from magi_attention.planning.node_shares import cut_among_ranks
 from magi_attention.planning.roll_plan import plan_roll
-from magi_attention.runtime.agreement import Agreement
+from magi_attention.runtime.agreement import Agreement, start_agreement
 from magi_attention.runtime.groups import CpGroup
 from magi_attention.runtime.roll import RollProgram
 
@@ -69,7 +69,8 @@ class DistAttnRuntime:
         cp_group: The context-parallel process groups.
         programs: The plan made ready, by engine name and device; filled at first use.
         rolls: Shifts made ready, by number of places and device; filled at first use.
-        agreements: Checks under way that the ranks agree, one for each time the key was made; settled at first use.
+        agreements: The check under way that the ranks agree, since the key was last made; none once it is settled.
+        disagreements: What that check said, if it failed.
     """
 
     plan: RankPlan
@@ -77,6 +78,7 @@ class DistAttnRuntime:
     programs: dict[tuple[str, torch.device], RankProgram] = field(default_factory=dict)
     rolls: dict[tuple[int, torch.device], RollProgram] = field(default_factory=dict)
     agreements: list[Agreement] = field(default_factory=list)
+    disagreements: list[str] = field(default_factory=list)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -106,8 +108,16 @@ class DistAttnRuntime:
     def settle_agreements(self) -> None:
         """Raise ValueError, on every rank, when the ranks made this key from different masks."""
         while self.agreements:
-            self.agreements[0].check()  # a failed check stays, so that later uses fail too
-            self.agreements.pop(0)
+            problem = self.agreements.pop().disagreement()
+            if problem is not None:
+                self.disagreements.append(problem)
+        if self.disagreements:  # later uses fail, too, until the ranks make the key anew
+            raise ValueError(self.disagreements[0])
+
+    def start_agreement(self, digest: bytes) -> None:
+        """The key is made, or made anew: compare it among the ranks, whatever they made before."""
+        self.disagreements.clear()
+        self.agreements[:] = [start_agreement(digest, self.group)]
 
     def program(self, engine: Engine, device: torch.device) -> RankProgram:
         """The plan made ready for an engine and a device."""

@@ -85,3 +85,9 @@ def test_what_is_refused(local_group: dist.ProcessGroup, tmp_path) -> None:
             arguments(str(tmp_path), average_tokens_across_devices=False),
             cp_group=local_group,
         )
+    trainer = ContextParallelTrainer(
+        make_model("llama", "magi_attention"), arguments(str(tmp_path)), cp_group=local_group
+    )
+    for use in (trainer.evaluate, trainer.predict):
+        with pytest.raises(NotImplementedError, match="trains only"):
+            use()

@@ -222,6 +222,23 @@ def test_batches_that_are_refused(local_group: dist.ProcessGroup, batch: dict, o
         dispatch_batch(batch, config_of("LlamaConfig"), 4, **{"cp_group": local_group} | options)
 
 
+def test_a_model_with_another_attention_is_refused(local_group: dist.ProcessGroup) -> None:
+    """Its ranks would attend their own rows only, and the loss would look like one."""
+    model = make_model("llama", "sdpa")
+    with pytest.raises(
+        ValueError, match=r'"magi_attention", or call model.set_attn_implementation\("magi_attention"\)'
+    ):
+        dispatch_batch({"input_ids": IDS}, model.config, 4, local_group)
+    model.set_attn_implementation("magi_attention")
+    model(**dispatch_batch({"input_ids": IDS}, model.config, 4, local_group))
+
+
+def test_a_batch_without_labels_to_learn_has_no_loss(local_group: dist.ProcessGroup) -> None:
+    model = make_model("llama", "magi_attention")
+    labels = torch.full_like(IDS, -100)
+    assert model(**dispatch_batch({"input_ids": IDS, "labels": labels}, model.config, 4, local_group)).loss == 0
+
+
 def test_uses_that_are_refused(local_group: dist.ProcessGroup) -> None:
     model = make_model("gemma2", "magi_attention")
     with pytest.raises(ValueError, match="call the model with what dispatch_batch returns"):

@@ -53,7 +53,7 @@ def test_the_reference_engine_is_not_chosen_silently_on_a_gpu(
 
 def test_without_triton(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install magi-attention\[gpu\]"):
+    with pytest.raises(ValueError, match=r"pip install 'triton>=3\.6'"):
         choose_engine(CUDA, torch.bfloat16, 64)
 
 

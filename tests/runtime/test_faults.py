@@ -44,6 +44,24 @@ def test_different_chunk_sizes_are_an_error_on_every_rank(rank_pool: RankPool) -
         assert "[[0], [1]]" in message
 
 
+def agree_differ_and_agree_again(rank: int, group: dist.ProcessGroup) -> list[str]:
+    """Three batches, of which the ranks get the second one wrong, and go on."""
+    said = []
+    for cu in ([0, 16], [[0, 16], [0, 8, 16]][rank], [0, 16]):
+        key = magi_attn_varlen_key(cu, cu, 0, 4, group, causal=True)
+        x = torch.zeros(8, 1, 4)
+        try:
+            said.append(str(tuple(calc_attn(x, x, x, key)[0].shape)))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_go_on_after_a_disagreement(rank_pool: RankPool) -> None:
+    for before, differ, after in rank_pool.run(agree_differ_and_agree_again, 2):
+        assert before == after == "(8, 1, 4)" and "given different masks" in differ
+
+
 def hit_and_miss(rank: int, group: dist.ProcessGroup) -> list[float]:
     """One rank has the plan in its cache, the others don't."""
     from magi_attention.runtime.cache import runtimes

@@ -66,9 +66,10 @@ def dispatch_batch(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If shapes do not fit together, the batch has other entries or no token, or the model has layers that
-            cannot be context-parallel.
+        ValueError: If shapes do not fit together, the batch has other entries or no token, the model's attention is
+            another implementation, or it has layers that cannot be context-parallel.
     """
+    check_implementation(config)
     group = resolve_group(cp_group, cp_mesh)
     packed = Packed.pack(batch, cu_seqlens)
     keys = make_keys(packed.cu_seqlens, config, chunk_size, group, dist_attn_config)
@@ -81,9 +82,25 @@ def dispatch_batch(
         if loss_group is not None:  # each batch is counted by all ranks that share it
             count, ranks = count.to(position_device(loss_group)), ranks * loss_group.size()
             dist.all_reduce(count, group=loss_group)
-        items = count.item() / ranks  # no tensor: FSDP's mixed precision would round it like the other arguments
+        # No tensor, which FSDP's mixed precision would round like the other arguments. Without labels the loss is 0.
+        items = max(count.item(), 1) / ranks
         local |= {"labels": labels, "shift_labels": labels, "num_items_in_batch": items}
     return local
+
+
+def check_implementation(config: Any) -> None:
+    """Refuse a model whose attention would take a rank's rows for a sequence of their own.
+
+    Raises:
+        ValueError: If so. A config that belongs to no model yet has no implementation, and passes.
+    """
+    implementation = config.get_text_config()._attn_implementation
+    if implementation not in (None, "magi_attention"):
+        raise ValueError(
+            f"the model has attn_implementation {implementation!r}, whose rows would attend those of their own rank "
+            'only; make it with attn_implementation="magi_attention", or call '
+            'model.set_attn_implementation("magi_attention")'
+        )
 
 
 def undispatch_output(x: torch.Tensor, local_batch: Mapping[str, Any]) -> torch.Tensor:

@@ -13,6 +13,11 @@ from magi_attention.config import DistAttnConfig
 from magi_attention.integrations.transformers.batch import dispatch_batch
 from magi_attention.runtime.groups import resolve_group
 
+ONLY_TRAINS = (
+    "ContextParallelTrainer trains only, without eval_strategy: evaluate with a transformers.Trainer and a model whose "
+    'attn_implementation is "sdpa"'
+)
+
 
 class ContextParallelTrainer(Trainer):
     """A ``Trainer`` whose training batches are each shared by the ranks of a context-parallel group.
@@ -71,6 +76,22 @@ class ContextParallelTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """The next batches, dispatched, and how many labels all processes have in them."""
         return super().get_batch_samples(map(self._dispatch, epoch_iterator), *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(ONLY_TRAINS)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(ONLY_TRAINS)
 
     def _dispatch(self, batch: dict[str, Any]) -> dict[str, Any]:
         config = self.accelerator.unwrap_model(self.model).config

@@ -38,7 +38,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
         return f"takes a head_dim up to {MAX_HEAD_DIM} that is a multiple of 8, not {head_dim}"
     if importlib.util.find_spec("triton") is None:
-        return "needs Triton, which is not installed: pip install magi-attention[gpu]"
+        return "needs Triton, which is not installed: pip install 'triton>=3.6'"
     if not torch.cuda.is_available():
         return "finds no CUDA device here"
     if torch.cuda.get_device_capability(device)[0] != 9:
