@@ -137,6 +137,8 @@ def train(args: argparse.Namespace, device: torch.device) -> list[float]:
     model = make_model(args, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     first_step = resume(args.resume, model, optimizer) if args.resume else 0
+    if args.steps <= first_step:
+        raise ValueError(f"--steps must be more than the {first_step} of {args.resume}, not {args.steps}")
 
     losses = []
     for step in range(first_step, args.steps):
