@@ -7,19 +7,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from magi_attention.api.mask_key import magi_attn_mask_key
 from magi_attention.config import DistAttnConfig
 from magi_attention.kernels.engine import choose_engine
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.validate import check_qkv, check_sink
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRanges, builders
-from magi_attention.planning import AttnPlan, DispatchPlan, RankPlan, Sources
+from magi_attention.planning import AttnPlan, DispatchPlan, RankPlan
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.dispatch import Dispatch, GradOfGlobal, Undispatch
 from magi_attention.runtime.dist_attn import DistAttn
-from magi_attention.runtime.groups import position_device, resolve_group
+from magi_attention.runtime.groups import position_device
 from magi_attention.runtime.head_parallel import attend_by_heads, check_heads
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.make_key import make_key, ready_runtime
+from magi_attention.runtime.make_key import ready_runtime
 from magi_attention.runtime.runtime import DistAttnRuntime
 
 CuSeqlens = torch.Tensor | Sequence[int]
@@ -74,8 +75,18 @@ def magi_attn_varlen_key(
             ``dist_attn_config`` asks for another, or ``plan`` was made from other arguments.
     """
     mask = builders.varlen(cu_seqlens_q, cu_seqlens_k, causal=causal)
-    sources = Sources(is_same_source, is_q_permutable, is_k_permutable)
-    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan, sources)
+    return magi_attn_mask_key(
+        mask,
+        pad_size,
+        chunk_size,
+        cp_group,
+        cp_mesh,
+        dist_attn_config,
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        plan=plan,
+    )
 
 
 def magi_attn_varlen_dispatch(
@@ -191,8 +202,18 @@ def magi_attn_flex_key(
             must keep their order but ``dist_attn_config`` asks for another, or ``plan`` was made from other arguments.
     """
     mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
-    sources = Sources(is_same_source, is_q_permutable, is_k_permutable)
-    return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan, sources)
+    return magi_attn_mask_key(
+        mask,
+        pad_size,
+        chunk_size,
+        cp_group,
+        cp_mesh,
+        dist_attn_config,
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        plan=plan,
+    )
 
 
 def magi_attn_flex_dispatch(

@@ -91,11 +91,12 @@ def resolve_group(cp_group: dist.ProcessGroup | None, cp_mesh: DeviceMesh | None
     if cp_group is None and cp_mesh is None:
         hint = "" if dist.is_initialized() else "; torch.distributed.init_process_group has not been called yet"
         raise ValueError(f"exactly one of cp_group and cp_mesh must be given, not neither{hint}")
+    if cp_mesh is not None and not isinstance(cp_mesh, DeviceMesh):
+        raise TypeError(f"cp_mesh must be a torch DeviceMesh, not {cp_mesh!r}")
+    if cp_group is not None and cp_mesh is not None:
+        raise ValueError("exactly one of cp_group and cp_mesh must be given, not both")
     if cp_mesh is not None:
-        ranks = _of_mesh(cp_mesh)
-        if cp_group is not None:
-            raise ValueError("exactly one of cp_group and cp_mesh must be given, not both")
-        return ranks
+        return _of_mesh(cp_mesh)
     if not isinstance(cp_group, dist.ProcessGroup):
         raise TypeError(
             f"cp_group must be a torch.distributed.ProcessGroup that this rank is part of, not {cp_group!r}"
@@ -104,8 +105,6 @@ def resolve_group(cp_group: dist.ProcessGroup | None, cp_mesh: DeviceMesh | None
 
 
 def _of_mesh(mesh: DeviceMesh) -> CpGroup:
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"cp_mesh must be a torch DeviceMesh, not {mesh!r}")
     if mesh.ndim == 1:
         return CpGroup(mesh.get_group())
     if mesh.mesh_dim_names is None:
