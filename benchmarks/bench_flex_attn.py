@@ -262,6 +262,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heads", nargs="+", metavar="Q:KV")
     parser.add_argument("--head-dims", nargs="+", type=int)
     parser.add_argument("--engines", nargs="+", default=["hopper"], help="of this library; ratios are of the first")
+    parser.add_argument("--deterministic", action="store_true", help="time each of them so, too")
     parser.add_argument("--rivals", nargs="*", choices=list(RIVALS), default=list(RIVALS))
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which to stop")
     parser.add_argument("--out", type=Path, default=Path("flex_attn_results"), help="folder for results.json and .md")
@@ -284,6 +285,8 @@ def main() -> None:
         raise SystemExit("bench_flex_attn.py needs a CUDA GPU, and torch finds none")
     budget, timer = Budget(args.budget), EventTimer()
     ours = {f"magi {engine}": partial(magi, engine=engine) for engine in args.engines}
+    if args.deterministic:
+        ours |= {f"{name} deterministic": partial(make, deterministic=True) for name, make in ours.items()}
     makers = ours | {name: RIVALS[name] for name in args.rivals}
     report = Report(describe(args), list(ours), args.rivals)
     args.out.mkdir(parents=True, exist_ok=True)

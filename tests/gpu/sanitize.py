@@ -26,7 +26,7 @@ def main() -> None:
                 continue
             for name in MASKS:
                 bands = named_masks(SEQLEN)[name].bands
-                q, dout = torch.randn(2, SEQLEN, 4, head_dim, dtype=torch.bfloat16, device="cuda")
+                q, dout = torch.randn(2, SEQLEN, 12, head_dim, dtype=torch.bfloat16, device="cuda")
                 k, v = torch.randn(2, SEQLEN, 2, head_dim, dtype=torch.bfloat16, device="cuda")
                 params = AttnParams(head_dim**-0.5)
                 schedule = engine.schedule(bands, SEQLEN, SEQLEN)

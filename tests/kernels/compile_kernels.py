@@ -72,7 +72,7 @@ HOPPER_CASES = {
     "128": Case(128),
     "64": Case(64),
     "128, layered": Case(128, mask=LAYERED),
-    "128, fp16, odd group, softcap": Case(128, HALF, 3, 30.0),
+    "128, fp16, group of 5, softcap": Case(128, HALF, 5, 30.0),
     "128, parts": Case(128, parts=True),
     "128, sink": Case(128, sink=True),
     "128, parts, sink": Case(128, parts=True, sink=True),

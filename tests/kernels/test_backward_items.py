@@ -18,19 +18,26 @@ def windows(tiles: list[int]) -> Any:
     )
 
 
-@pytest.mark.parametrize("num_windows", [64, 256])
+@pytest.mark.parametrize("num_windows", [64, 128])
 def test_whole_sequences_keep_their_heads_together(num_windows: int) -> None:
     assert backward_items(windows([2 * num_windows] * num_windows), 8, 6, 132) == Items(6)
 
 
-def test_uneven_windows_are_of_one_head() -> None:
-    assert backward_items(windows([*range(2, 130, 2)]), 8, 6, 132) == Items(1)
-    assert backward_items(windows([*range(2, 130, 2)]), 48, 1, 132) == Items(1)
+def test_very_long_sequences_do_not() -> None:
+    assert backward_items(windows([512] * 256), 8, 6, 132) == Items(3)
+    assert backward_items(windows([1024] * 512), 8, 4, 132) == Items(4)
+
+
+@pytest.mark.parametrize(
+    ("group", "members"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (12, 4), (16, 4), (15, 3)]
+)
+def test_uneven_windows_are_of_few_heads(group: int, members: int) -> None:
+    assert backward_items(windows([*range(2, 130, 2)]), 48 // group, group, 132) == Items(members)
 
 
 def test_a_round_that_few_programs_have_work_in_is_avoided() -> None:
-    """24 windows of 8 key heads are one round of 132 items, and one of 60."""
-    assert backward_items(windows([48] * 24), 8, 6, 132) == Items(1)
+    """24 windows of 8 key heads are one round of 132 items, and one of 60; three rounds of less work are full."""
+    assert backward_items(windows([48] * 24), 8, 6, 132) == Items(3)
 
 
 def test_few_windows_are_cut() -> None:

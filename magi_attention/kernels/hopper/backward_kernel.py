@@ -5,8 +5,8 @@ bulk copies. Scores are made transposed, keys by queries, so that dk and dv add 
 that share the keys, and P and dS are ready there as operands. For dq both consumers need all of dS: they exchange it
 through shared memory, and each adds its half of dq to memory by a bulk reduction.
 
-An item may also be the keys and one query head, or a part of the queries. Then dk and dv are added to memory in their
-turn.
+An item may also be the keys and some of those heads, or a part of the queries. Then dk and dv are added to memory in
+their turn.
 """
 
 from typing import Any, NamedTuple
