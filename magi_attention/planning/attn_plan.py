@@ -9,11 +9,13 @@ from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispat
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, area, relocate
 from magi_attention.planning.chunking import ChunkWork, check_pad_size
+from magi_attention.planning.cost_model import grad_wire_bytes
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.key_dispatch import dispatch_keys
 from magi_attention.planning.load_balance import contiguous, min_heap, zigzag
 from magi_attention.planning.locality import locality
 from magi_attention.planning.overlap import OverlapChoice, is_blocking, route_in_stages
+from magi_attention.planning.own_keys import cut_own_keys, keeps_own_keys, share_before
 from magi_attention.planning.routing import GroupCollectivePlan, Routes, route_stage
 from magi_attention.planning.sources import SELF_ATTENTION, Sources
 from magi_attention.planning.two_level import MeshShape, TwoLevelPlan, align_stages, route_two_levels
@@ -50,6 +52,7 @@ class RankPlan:
         dispatch_of: The mask that the queries' chunks were given to ranks for; None for ``mask`` itself.
         overlap_choice: Why there are as many stages as there are; None where the configuration says how many.
         mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
+        keeps_own_keys: Whether some of the own keys are kept for the end of the backward pass.
     """
 
     mask: AttnMask
@@ -63,6 +66,7 @@ class RankPlan:
     dispatch_of: AttnMask | None = None
     overlap_choice: OverlapChoice | None = None
     mesh_shape: MeshShape | None = None
+    keeps_own_keys: bool = False
 
     @property
     def local_seqlen_q(self) -> int:
@@ -88,6 +92,15 @@ class RankPlan:
     def num_send_rows(self) -> int:
         """Rows that the rank sends, a row once for each rank it goes to."""
         return sum(stage.collective.num_send_rows for stage in self.stages)
+
+    @cached_property
+    def own_keys_before(self) -> int:
+        """How many of its keys, the first ones, a rank attends before any stage in the backward pass; the rest last."""
+        if not self.keeps_own_keys:
+            return self.local_seqlen_k
+        model = self.config.overlap_config.cost_model
+        share = share_before(model, grad_wire_bytes(self.config.grad_wire_dtype, model))
+        return cut_own_keys(self.local_bands, self.local_seqlen_k, share)
 
     @cached_property
     def area(self) -> int:
@@ -133,6 +146,14 @@ class AttnPlan:
         """Number of ranks."""
         return self.dispatch.cp_size
 
+    @property
+    def keeps_own_keys(self) -> bool:
+        """Whether ranks keep some of their own keys for the end of the backward pass."""
+        model = self.config.overlap_config.cost_model
+        grad_bytes = grad_wire_bytes(self.config.grad_wire_dtype, model)
+        rows = self.routes.most_rows(self.cp_size)
+        return keeps_own_keys(rows, self.mask.area / self.cp_size, model, grad_bytes)
+
     def rank(self, rank: int) -> RankPlan:
         """One rank's part.
 
@@ -161,6 +182,7 @@ class AttnPlan:
             self.dispatch_of,
             self.overlap_choice,
             self.mesh_shape,
+            self.keeps_own_keys,
         )
 
     def on_mesh(self, mesh_shape: tuple[int, int] | None) -> "AttnPlan":
