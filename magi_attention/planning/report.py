@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from magi_attention.mask.bands import area
-from magi_attention.planning.attn_plan import AttnPlan, RankPlan
+from magi_attention.planning.attn_plan import AttnPlan
 from magi_attention.planning.cost_model import FloatArray
+from magi_attention.planning.rank_plan import RankPlan
 from magi_attention.planning.timeline import PassTimeline
 
 
