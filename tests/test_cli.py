@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from magi_attention.cli import doctor, main
-from magi_attention.cli.plan import MASKS
+from magi_attention.cli.plan import MASK_OPTIONS, MASKS
 from magi_attention.mask import builders
 
 LENGTHS = [700, 1, 333, 40, 150]
@@ -55,7 +55,11 @@ def test_json_is_exact(lengths: Path, tmp_path: Path) -> None:
 def test_every_mask(mask: str, lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     arguments = ["--mask", mask, "--lengths", lengths, "--cp-size", 2, "--chunk-size", 32, "--json", out]
-    assert plan(*arguments, "--window", 99, 0, "--block-size", 64, "--prefix", 100) == 0
+    options = {"window": (99, 0), "global_size": (2,), "block_size": (64,), "prefix": (100,)}
+    for name, (_, masks) in MASK_OPTIONS.items():
+        if mask in masks:
+            arguments += (f"--{name.replace('_', '-')}", *options[name])
+    assert plan(*arguments) == 0
     printed = capsys.readouterr().out
     assert "rows received" in printed and "lower bound" in printed
     assert json.loads(out.read_text())["total_seqlen"] == sum(LENGTHS)
@@ -95,6 +99,13 @@ def test_bad_lengths(text: str, message: str, tmp_path: Path, capsys: pytest.Cap
     path.write_text(text)
     assert plan("--lengths", path, "--cp-size", 2) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_of_other_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--mask", "causal", "--seqlen", 100, "--cp-size", 2, "--window", 9, 0) == 2
+    assert "--window is for --mask sliding-window or global-sliding-window, not for --mask causal" in (
+        capsys.readouterr().err
+    )
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from magi_attention.config import (
     AttnOverlapMode,
@@ -39,6 +39,25 @@ MASKS: dict[str, Callable[[argparse.Namespace, list[int]], AttnMask]] = {
     "shared-prefix": lambda args, cu: builders.shared_prefix(cu[1], [b - a for a, b in pairwise(cu[1:])]),
 }
 
+MASK_OPTIONS: dict[str, tuple[object, tuple[str, ...]]] = {
+    "window": ((1023, 0), ("sliding-window", "global-sliding-window")),
+    "global_size": (4, ("global-sliding-window",)),
+    "block_size": (2048, ("block-causal",)),
+    "prefix": (256, ("prefix-lm",)),
+}
+"""What options of masks are if they are not given, and which masks have them."""
+
+COLUMNS = """\
+columns of the table:
+  tokens          rows of queries, and of keys and values, that the rank has
+  area, / mean    unmasked cells that it computes, and over the mean of all ranks
+  local           the share of them with keys that are its own
+  received, / all key/value rows that come to it, and over those that an all-gather would bring
+  sent            rows that it sends, once for each rank that they go to
+  compute, exposed, idle
+                  milliseconds in which it computes, waits for rows, and waits for slower ranks (--timeline)
+"""
+
 COSTS: dict[str, str] = {
     "heads_q": "heads of the queries",
     "heads_kv": "heads of the keys and values",
@@ -61,7 +80,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "plan",
         help="show how a mask is shared among ranks",
         description="Plan a mask over ranks and show each rank's tokens, unmasked area and rows received.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=COLUMNS,
+        formatter_class=Formatter,
     )
     plan.set_defaults(run=run)
     plan.add_argument("--mask", choices=sorted(MASKS), default="varlen-causal", help="kind of mask")
@@ -70,12 +90,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     length.add_argument("--seqlen", type=int, metavar="N", help="one document of N tokens")
     plan.add_argument("--cp-size", type=int, required=True, metavar="P", help="number of ranks")
     plan.add_argument("--chunk-size", type=int, default=512, metavar="N", help="tokens in a chunk")
-    plan.add_argument(
-        "--window", type=int, nargs=2, default=(1023, 0), metavar=("LEFT", "RIGHT"), help="sliding window"
+    add_mask_option(
+        plan, "window", nargs=2, metavar=("LEFT", "RIGHT"), help="tokens before and after that a query sees"
     )
-    plan.add_argument("--global-size", type=int, default=4, metavar="N", help="first keys that all queries see")
-    plan.add_argument("--block-size", type=int, default=2048, metavar="N", help="tokens in a block of block-causal")
-    plan.add_argument("--prefix", type=int, default=256, metavar="N", help="bidirectional prefix of each document")
+    add_mask_option(plan, "global_size", metavar="N", help="first keys that all queries see")
+    add_mask_option(plan, "block_size", metavar="N", help="tokens in a block")
+    add_mask_option(plan, "prefix", metavar="N", help="bidirectional prefix of each document")
     plan.add_argument(
         "--balance",
         choices=("locality", "heap", "contiguous", "zigzag"),
@@ -102,8 +122,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         costs.add_argument(name, type=type(cost.default), default=cost.default, metavar="X", help=COSTS[cost.name])
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with defaults, and with the columns one below the other."""
+
+
+def add_mask_option(parser: argparse.ArgumentParser, name: str, help: str, **options: Any) -> None:
+    """Add an option of some masks; left out, it is not there, so that it can be told from its default."""
+    default, masks = MASK_OPTIONS[name]
+    text = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    help = f"{help}; for {' and '.join(masks)} (default: {text})"
+    parser.add_argument("--" + name.replace("_", "-"), type=int, default=argparse.SUPPRESS, help=help, **options)
+
+
+def complete_mask_options(args: argparse.Namespace) -> None:
+    """Give options of masks their defaults.
+
+    Raises:
+        ValueError: If one was given that ``--mask`` does not have.
+    """
+    for name, (default, masks) in MASK_OPTIONS.items():
+        if hasattr(args, name) and args.mask not in masks:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is for --mask {' or '.join(masks)}, not for --mask {args.mask}")
+        setattr(args, name, getattr(args, name, default))
+
+
 def run(args: argparse.Namespace) -> int:
     """Plan, print, write and draw."""
+    complete_mask_options(args)
     lengths = read_lengths(args.lengths) if args.lengths else [args.seqlen]
     cu_seqlens = builders.cu_seqlens_from_lengths(lengths).tolist()
     config = DistAttnConfig(
