@@ -52,10 +52,11 @@ all)
     cp=(python3 benchmarks/bench_cp.py)
     timeout 260 "${cp[@]}" --preset scaling --bandwidth --variants default intra_node=heads --budget 220 \
         --out "$out/scaling" >"$out/scaling.log" 2>&1 || true
-    on 0,1 280 pairs "${cp[@]}" --gpus 2 --preset table --masks full causal "pack magi" "sliding window" --tokens 65536 524288 \
-        --heads 48:8 64:8 --budget 250 --out "$out/pairs"
-    on 2,3 280 variants "${cp[@]}" --gpus 2 --masks causal "pack magi" "sliding window" --tokens 65536 --rivals --budget 120 \
+    on 0,1 280 pairs "${cp[@]}" --gpus 2 --masks full causal "pack magi" --tokens 65536 --heads 48:8 64:8 --budget 250 \
+        --out "$out/pairs"
+    on 2,3 120 variants "${cp[@]}" --gpus 2 --masks causal "pack magi" "sliding window" --tokens 65536 --rivals --budget 100 \
         --variants default degree=0 mode=dynamic grad_wire_dtype=input --out "$out/variants"
+    on 2,3 170 long "${cp[@]}" --gpus 2 --masks "pack magi" "sliding window" --tokens 524288 --budget 150 --out "$out/long"
     ;;
 esac
 wait
