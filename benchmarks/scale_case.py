@@ -226,7 +226,7 @@ class Case:
         return Pack(plan, journeys)
 
     def _journey(self, plan: AttnPlan, work: Work, transport: str) -> Journey:
-        loops = loop_of(plan.routes.num_stages, self.problem.grad_wire_dtype, plan.keeps_own_keys)
+        loops = loop_of(plan.routes.num_stages, self.problem.grad_wire_dtype)
         if transport == NO_NETWORK:
             wires = [[0.0] * len(loop.transfers) for loop in loops]
         else:

@@ -122,11 +122,6 @@ class Measured:
         """The share of its tiles' cells that are unmasked."""
         return self.area / max(1, self.tiles * TILE**2)
 
-    @property
-    def keeps_own_keys(self) -> bool:
-        """Whether it kept some of its own keys for the end of the backward pass."""
-        return sum(step.kind == "attend" for step in self.passes[BACKWARD].steps) > 1 + len(self.received)
-
     def tflops(self, way: int) -> float:
         """Of useful work, over the engine's time alone."""
         return flops(self.area, self.heads, way) / self.passes[way].attend / 1e12
@@ -166,7 +161,7 @@ class Fit:
 
 def step_seconds(loop: Loop, way: int, work: Work, amounts: Amounts, costs: Costs) -> Array:
     """Seconds of each step on each rank, ``(len(loop.steps), num_ranks)``, by ``costs``."""
-    attend = costs.attend(amounts, way) * work.attended(way == BACKWARD) / np.maximum(work.area, 1)
+    attend = costs.attend(amounts, way) * work.part_areas / np.maximum(work.area, 1)
     packed, unpacked = moved_bytes(loop, amounts.heads, work.received, work.sent)
     seconds = np.zeros((len(loop.steps), len(work.area)))
     for n, step in enumerate(loop.steps):

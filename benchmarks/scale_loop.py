@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scale_record import Clock, CutGroup, CutWire, HostClock, RecordedEngine, Recorder, Step
 
-from magi_attention.config import CostModel, DispatchConfig, DistAttnConfig, GradWireDtype, OverlapConfig
+from magi_attention.config import DispatchConfig, DistAttnConfig, GradWireDtype, OverlapConfig
 from magi_attention.kernels import reference
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.params import AttnParams
@@ -132,13 +132,10 @@ class Loop:
 
 
 @lru_cache
-def loop_of(
-    num_stages: int, grad_wire_dtype: GradWireDtype = "float32", keeps_own_keys: bool = False
-) -> tuple[Loop, Loop]:
+def loop_of(num_stages: int, grad_wire_dtype: GradWireDtype = "float32") -> tuple[Loop, Loop]:
     """The forward and the backward pass with so many stages, as the library takes them: recorded on a toy problem."""
     rows = max(1, num_stages)  # the second of two contiguous ranks receives that many, and sends none
-    costs = CostModel(latency=1.0) if keeps_own_keys else CostModel(stage_overhead=1.0)
-    overlap = OverlapConfig(degree=rows, min_chunk_size=1, cost_model=costs)
+    overlap = OverlapConfig(degree=rows, min_chunk_size=1)
     config = DistAttnConfig(DispatchConfig(order="contiguous"), overlap, grad_wire_dtype)
     cp_size = 2 if num_stages else 1
     plan = plan_attention(builders.causal(cp_size * rows), cp_size, rows, config=config).rank(cp_size - 1)

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from magi_attention.mask.bands import K0, K1, IntArray, crop, relocate
 from magi_attention.planning import AttnPlan
-from magi_attention.planning.cost_model import StageWork, grad_wire_bytes
-from magi_attention.planning.own_keys import share_before
+from magi_attention.planning.cost_model import StageWork
 from magi_attention.planning.runs import GroupedRuns
 
 TILE = 128
@@ -23,14 +21,12 @@ class Work:
     Attributes:
         part_areas: Unmasked cells of each rank with its own keys, then with those of each stage, ``(num_stages + 1,
             cp_size)``.
-        share_before: The share of those with its own keys that the backward pass begins with; None for all.
         tiles: Tiles of ``TILE`` rows by ``TILE`` keys that have one of its cells, ``(cp_size,)``.
         received: Rows that each rank receives in each stage, ``(num_stages, cp_size)``.
         sent: Rows that it sends, once for each rank that they go to.
     """
 
     part_areas: IntArray
-    share_before: float | None
     tiles: IntArray
     received: IntArray
     sent: IntArray
@@ -44,17 +40,7 @@ class Work:
             tiles = np.array([_count_tiles(plan, rank) for rank in range(plan.cp_size)])
         else:
             tiles = other.tiles
-        model = plan.config.overlap_config.cost_model
-        grad_bytes = grad_wire_bytes(plan.config.grad_wire_dtype, model)
-        share = share_before(model, grad_bytes) if plan.keeps_own_keys else None
-        return cls(part_areas, share, tiles, work.received, work.sent)
-
-    def attended(self, backward: bool) -> NDArray[np.float64]:
-        """About the unmasked cells of each rank in each step of a pass that attends, ``(num_steps, cp_size)``."""
-        own, stages = self.part_areas[:1], self.part_areas[1:]
-        if not backward or self.share_before is None:
-            return self.part_areas.astype(np.float64)
-        return np.concatenate((own * self.share_before, stages, own * (1 - self.share_before)))
+        return cls(part_areas, tiles, work.received, work.sent)
 
     @cached_property
     def area(self) -> IntArray:

@@ -211,8 +211,7 @@ class Emulation:
         if not ranks:
             rates = self.options.rates
             return rates, f"given: {rates.forward / 1e12:g} / {rates.backward / 1e12:g} TFLOP/s"
-        loops = [loop_of(len(r.received), self.problem.grad_wire_dtype, r.keeps_own_keys) for r in ranks]
-        fit = Fit.to(ranks, loops)
+        fit = Fit.to(ranks, [loop_of(len(rank.received), self.problem.grad_wire_dtype) for rank in ranks])
         errors = [e for e in self.report.fit_errors if e.mask != mask]
         self.report.fit_errors = [*errors, FitError(mask, len(ranks), *fit.error)]
         return fit, "fitted"

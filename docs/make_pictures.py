@@ -237,7 +237,8 @@ def timeline() -> str:
         for span in part.spans:
             if span.lane == "compute" or span.rank == 0:
                 width, y = (span.end - span.start) * scale, 40 if span.lane == "network" else 74 + 34 * span.rank
-                picture.box(left + span.start * scale, y, width, 24, SPAN_COLORS[span.kind][0], stroke="white")
+                kind = span.name.split()[0]
+                picture.box(left + span.start * scale, y, width, 24, SPAN_COLORS[kind][0], stroke="white")
                 if span.stage and width > 14:
                     middle = left + (span.start + span.end) / 2 * scale
                     picture.text(middle, y + 16, f"{span.stage}", anchor="middle", size=11, fill="white")

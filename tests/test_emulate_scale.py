@@ -1,6 +1,5 @@
 """The emulation of many GPUs: what it records, counts and models, and whole runs without a GPU."""
 
-import itertools
 import json
 import math
 import sys
@@ -40,11 +39,6 @@ import scaling_table
 FORWARD, BACKWARD = costs.FORWARD, costs.BACKWARD
 HEADS = loop.Heads(4, 2, 8)
 FREE = network.Link(0.0, math.inf)
-
-
-def loop_of(plan: AttnPlan) -> tuple[loop.Loop, loop.Loop]:
-    """The passes that a plan makes."""
-    return loop.loop_of(plan.routes.num_stages, keeps_own_keys=plan.keeps_own_keys)
 
 
 def make_plan(lengths: list[int], cp_size: int, degree: int = 1, chunk_size: int = 8) -> AttnPlan:
@@ -134,9 +128,9 @@ def test_recorder_leaves_out_what_it_is_told_to() -> None:
     assert recorder.seconds() == [1.0, 0.0, 2.0, 0.0, 0.5]
 
 
-@pytest.mark.parametrize(("num_stages", "keeps"), [(0, False), *itertools.product((1, 2, 3, 5), (False, True))])
-def test_loop_sends_and_attends_every_stage(num_stages: int, keeps: bool) -> None:
-    forward, backward = loop.loop_of(num_stages, keeps_own_keys=keeps)
+@pytest.mark.parametrize("num_stages", [0, 1, 2, 3, 5])
+def test_loop_sends_and_attends_every_stage(num_stages: int) -> None:
+    forward, backward = loop.loop_of(num_stages)
     assert [(t.stage, t.homeward) for t in forward.transfers] == [(n, False) for n in range(num_stages)]
     assert sorted((t.homeward, t.stage) for t in backward.transfers) == [
         (homeward, n) for homeward in (False, True) for n in range(num_stages)
@@ -144,9 +138,9 @@ def test_loop_sends_and_attends_every_stage(num_stages: int, keeps: bool) -> Non
     assert {t.itemsize for t in forward.transfers} <= {2}
     assert {t.itemsize for t in backward.transfers if t.homeward} <= {4}
     assert {t.itemsize for t in loop.loop_of(num_stages, "input")[BACKWARD].transfers} <= {2}
-    for way, parts in ((forward, num_stages + 1), (backward, num_stages + 1 + keeps)):
+    for way in (forward, backward):
         attended = [step.number for step in way.steps if step.kind == "attend"]
-        assert attended == list(range(parts))
+        assert attended == list(range(num_stages + 1))
         sent = [step.number for step in way.steps if step.kind == "send"]
         assert sent == list(range(len(way.transfers)))
         assert sorted({step.number for step in way.steps if step.kind == "wait"}) == sent
@@ -166,7 +160,7 @@ def test_ranks_take_the_steps_of_the_toy_problem(degree: int) -> None:
     bench = loop.Bench(reference, AttnParams(0.3), torch.device("cpu"), record.HostClock())
     for rank in range(4):
         passes = loop.measure_rank(bench, plan.rank(rank), HEADS, seconds=0.0)
-        for measured, expected in zip(passes, loop_of(plan), strict=True):
+        for measured, expected in zip(passes, loop.loop_of(plan.routes.num_stages), strict=True):
             assert measured.steps == expected.steps
             assert measured.whole > 0 and 0 < measured.attend <= sum(measured.seconds)
             still = [s for step, s in zip(measured.steps, measured.seconds, strict=True) if step.kind in "send wait"]
@@ -298,7 +292,7 @@ def test_work_is_counted_for_every_rank(degree: int, monkeypatch: pytest.MonkeyP
 
 def test_heaviest_ranks_are_sampled_first() -> None:
     area, received = np.array([[5, 9, 5, 1]]), np.array([[2, 1, 3, 8]])
-    work = plans.Work(area, None, np.array([7, 2, 1, 1]), received, received)
+    work = plans.Work(area, np.array([7, 2, 1, 1]), received, received)
     assert list(work.sample(3).items()) == [(1, "most area"), (3, "most rows"), (0, "most tiles")]
     assert set(work.sample(9)) == {0, 1, 2, 3}
 
@@ -315,7 +309,7 @@ def test_least_squares_finds_what_made_the_times() -> None:
 
 def measured_ranks(plan: AttnPlan, rates: costs.Costs) -> list[costs.Measured]:
     """Ranks that took as long as the costs say."""
-    work, loops = plans.Work.of(plan), loop_of(plan)
+    work, loops = plans.Work.of(plan), loop.loop_of(plan.routes.num_stages)
     rows = plan.dispatch.local_seqlen
     amounts = costs.Amounts.of(work, HEADS, rows)
     seconds = [costs.step_seconds(loops[way], way, work, amounts, rates) for way in (FORWARD, BACKWARD)]
@@ -330,11 +324,11 @@ def measured_ranks(plan: AttnPlan, rates: costs.Costs) -> list[costs.Measured]:
 def test_fit_predicts_what_follows_its_form() -> None:
     rates = costs.Rates(forward=3e12, backward=2e12, memory=1e10)
     plan, other = (make_plan(some_lengths(512, seed), cp_size=8, degree=2) for seed in (1, 2))
-    fit = costs.Fit.to(measured_ranks(plan, rates), [loop_of(plan)] * 8)
+    fit = costs.Fit.to(measured_ranks(plan, rates), [loop.loop_of(plan.routes.num_stages)] * 8)
     assert all(error < 1e-6 for way in fit.error for error in way)
     work = plans.Work.of(other)
     amounts = costs.Amounts.of(work, HEADS, other.dispatch.local_seqlen)
-    loops = loop_of(other)
+    loops = loop.loop_of(other.routes.num_stages)
     for way in (FORWARD, BACKWARD):
         expected = costs.step_seconds(loops[way], way, work, amounts, rates)
         np.testing.assert_allclose(costs.step_seconds(loops[way], way, work, amounts, fit), expected, rtol=1e-5)
@@ -343,7 +337,7 @@ def test_fit_predicts_what_follows_its_form() -> None:
 def test_steps_of_a_rank_add_up() -> None:
     """All rows that travel are packed and unpacked once each way, and all cells attended once."""
     plan = make_plan(some_lengths(512, seed=1), cp_size=8, degree=3)
-    work, loops = plans.Work.of(plan), loop_of(plan)
+    work, loops = plans.Work.of(plan), loop.loop_of(plan.routes.num_stages)
     amounts = costs.Amounts.of(work, HEADS, plan.dispatch.local_seqlen)
     rates = costs.Rates(1e12, 1e12, 1e9)
     received, sent = work.received.sum(axis=0), work.sent.sum(axis=0)

@@ -8,13 +8,11 @@ from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispat
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, relocate
 from magi_attention.planning.chunking import ChunkWork, check_pad_size
-from magi_attention.planning.cost_model import grad_wire_bytes
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.key_dispatch import dispatch_keys
 from magi_attention.planning.load_balance import contiguous, min_heap, zigzag
 from magi_attention.planning.locality import locality
 from magi_attention.planning.overlap import OverlapChoice, is_blocking, route_in_stages
-from magi_attention.planning.own_keys import keeps_own_keys
 from magi_attention.planning.rank_plan import RankPlan, StagePlan
 from magi_attention.planning.routing import GroupCollectivePlan, Routes, route_stage
 from magi_attention.planning.sources import SELF_ATTENTION, Sources
@@ -59,14 +57,6 @@ class AttnPlan:
         """Number of ranks."""
         return self.dispatch.cp_size
 
-    @property
-    def keeps_own_keys(self) -> bool:
-        """Whether ranks keep some of their own keys for the end of the backward pass."""
-        model = self.config.overlap_config.cost_model
-        grad_bytes = grad_wire_bytes(self.config.grad_wire_dtype, model)
-        rows = self.routes.most_rows(self.cp_size)
-        return keeps_own_keys(rows, self.mask.area / self.cp_size, model, grad_bytes)
-
     def rank(self, rank: int) -> RankPlan:
         """One rank's part.
 
@@ -95,7 +85,6 @@ class AttnPlan:
             self.dispatch_of,
             self.overlap_choice,
             self.mesh_shape,
-            self.keeps_own_keys,
         )
 
     def on_mesh(self, mesh_shape: tuple[int, int] | None) -> "AttnPlan":

@@ -4,7 +4,7 @@ Seconds are made by additions, products and maxima only, element by element, whi
 that choose stages by them choose the same.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, crop, shift
 from magi_attention.planning.chunking import ChunkWork
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.load_balance import rank_areas
-from magi_attention.planning.own_keys import keeps_own_keys, share_before
 from magi_attention.planning.routing import Routes
 from magi_attention.planning.runs import GroupedRuns, sum_by_group
 
@@ -33,8 +32,6 @@ class StageWork:
         queries: About how many queries attend these rows, and never less than do, ``(num_stages, cp_size)``.
         received: Rows that arrive, ``(num_stages, cp_size)``.
         sent: Rows that leave, a row once for every rank it goes to, ``(num_stages, cp_size)``.
-        most_rows: Rows that a rank receives or sends in all stages, on the rank with most.
-        mean_area: Unmasked cells of a rank, on average.
     """
 
     local_areas: IntArray
@@ -42,8 +39,6 @@ class StageWork:
     queries: IntArray
     received: IntArray
     sent: IntArray
-    most_rows: int
-    mean_area: float
 
     @classmethod
     def measure(cls, mask: AttnMask, work: ChunkWork, dispatch: DispatchPlan, routes: Routes) -> "StageWork":
@@ -74,8 +69,6 @@ class StageWork:
             queries=np.minimum(by_stage(group[by_band[first]], rows), dispatch.local_seqlens),
             received=by_stage(arriving.group, arriving.lengths),
             sent=by_stage(routes.owner * num_stages + routes.stage, routes.rows),
-            most_rows=routes.most_rows(cp_size),
-            mean_area=mask.area / cp_size,
         )
 
     def split(self, parts: IntArray, whole: int) -> "StageWork":
@@ -84,8 +77,8 @@ class StageWork:
         def share(numbers: IntArray) -> IntArray:
             return numbers * parts[:, None] // whole
 
-        return replace(
-            self,
+        return StageWork(
+            local_areas=self.local_areas,
             areas=share(self.areas),
             queries=self.queries * (parts[:, None] > 0),
             received=share(self.received),
@@ -98,18 +91,16 @@ class PassCosts:
     """Seconds of the parts of one pass, forward or backward. Many ways to make stages may stand side by side.
 
     Attributes:
-        local: Attention among a rank's own keys, at the beginning of the pass, ``(cp_size,)``.
+        local: Attention among a rank's own keys, ``(cp_size,)``.
         stages: Attention with the rows of a stage, and merging it into what was there, ``(num_stages, ..., cp_size)``.
         casts: Sending a stage's keys and values, as long as the slowest rank takes, ``(num_stages, ...)``.
         reduces: Sending home a stage's dK and dV, the same; None in the forward pass.
-        rest: Attention among own keys that is kept for the end of the pass, shaped as ``local``; None where none is.
     """
 
     local: FloatArray
     stages: FloatArray
     casts: FloatArray
     reduces: FloatArray | None
-    rest: FloatArray | None = None
 
     @classmethod
     def forward(cls, work: StageWork, model: CostModel) -> "PassCosts":
@@ -126,16 +117,12 @@ class PassCosts:
         per_cell = 10 * model.heads_q * model.head_dim / (model.backward_tflops * 1e12)
         stages = work.areas * per_cell + (work.areas > 0) * model.stage_overhead
         casts, reduces = (_collectives(work, model, size) for size in (model.element_bytes, grad_bytes))
-        local = work.local_areas * per_cell
-        if not keeps_own_keys(work.most_rows, work.mean_area, model, grad_bytes):
-            return cls(local, stages, casts, reduces)
-        first = share_before(model, grad_bytes) * local
-        return cls(first, stages, casts, reduces, rest=local - first + (local > 0) * model.stage_overhead)
+        return cls(work.local_areas * per_cell, stages, casts, reduces)
 
     def take(self, stages: IntArray) -> "PassCosts":
         """The costs when the n-th stage is ``stages[n]``, an array of shape ``(num_stages, ...)``."""
         reduces = None if self.reduces is None else self.reduces[stages]
-        return PassCosts(self.local, self.stages[stages], self.casts[stages], reduces, self.rest)
+        return PassCosts(self.local, self.stages[stages], self.casts[stages], reduces)
 
 
 def grad_wire_bytes(dtype: GradWireDtype, model: CostModel) -> int:

@@ -6,10 +6,8 @@ from functools import cached_property
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, area
-from magi_attention.planning.cost_model import grad_wire_bytes
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.overlap import OverlapChoice, is_blocking
-from magi_attention.planning.own_keys import cut_own_keys, share_before
 from magi_attention.planning.routing import GroupCollectivePlan
 from magi_attention.planning.sources import SELF_ATTENTION, Sources
 from magi_attention.planning.two_level import MeshShape, TwoLevelPlan
@@ -46,7 +44,6 @@ class RankPlan:
         dispatch_of: The mask that the queries' chunks were given to ranks for; None for ``mask`` itself.
         overlap_choice: Why there are as many stages as there are; None where the configuration says how many.
         mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
-        keeps_own_keys: Whether some of the own keys are kept for the end of the backward pass.
     """
 
     mask: AttnMask
@@ -60,7 +57,6 @@ class RankPlan:
     dispatch_of: AttnMask | None = None
     overlap_choice: OverlapChoice | None = None
     mesh_shape: MeshShape | None = None
-    keeps_own_keys: bool = False
 
     @property
     def local_seqlen_q(self) -> int:
@@ -86,15 +82,6 @@ class RankPlan:
     def num_send_rows(self) -> int:
         """Rows that the rank sends, a row once for each rank it goes to."""
         return sum(stage.collective.num_send_rows for stage in self.stages)
-
-    @cached_property
-    def own_keys_before(self) -> int:
-        """How many of its keys, the first ones, a rank attends before any stage in the backward pass; the rest last."""
-        if not self.keeps_own_keys:
-            return self.local_seqlen_k
-        model = self.config.overlap_config.cost_model
-        share = share_before(model, grad_wire_bytes(self.config.grad_wire_dtype, model))
-        return cut_own_keys(self.local_bands, self.local_seqlen_k, share)
 
     @cached_property
     def area(self) -> int:

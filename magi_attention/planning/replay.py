@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from magi_attention.planning.cost_model import FloatArray, PassCosts
 
-StepName = Literal["attend", "attend the rest", "cast", "reduce"]
+StepName = Literal["attend", "cast", "reduce"]
 
 
 class Step(NamedTuple):
@@ -41,10 +41,10 @@ class Clock:
         self.network = np.zeros(shape[:-1])
         self.steps: list[Step] = []
 
-    def attend(self, stage: int | None, seconds: FloatArray, name: StepName = "attend") -> None:
+    def attend(self, stage: int | None, seconds: FloatArray) -> None:
         """Every rank computes for so long, with the rows of a stage, or with its own."""
         start, self.ranks = self.ranks, self.ranks + seconds
-        self.steps.append(Step(name, stage, start, self.ranks))
+        self.steps.append(Step("attend", stage, start, self.ranks))
 
     def transfer(self, name: StepName, stage: int, seconds: FloatArray) -> FloatArray:
         """Every rank posts a transfer that takes so long; returns when it ends."""
@@ -61,8 +61,6 @@ class Clock:
 def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
     """Run one pass of the loop, in all ways at once that ``costs`` has prices for.
 
-    Ways with fewer stages than others have some at the end whose casts take no time: as if they were not there.
-
     Args:
         costs: Seconds of its parts.
         blocking: Whether the first rows are waited for before anything is computed, ``(...)``.
@@ -76,20 +74,17 @@ def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
         upcoming = clock.transfer("cast", 0, costs.casts[0])
         clock.wait(np.where(blocking, upcoming, 0.0))
     clock.attend(None, costs.local)
-    homeward: list[FloatArray] = []
+    homeward: FloatArray | None = None
     for stage in range(num_stages):
         current = upcoming
         if stage + 1 < num_stages:
             upcoming = clock.transfer("cast", stage + 1, costs.casts[stage + 1])
-        clock.wait(np.where(costs.casts[stage] > 0, current, 0.0))
+        clock.wait(current)
         clock.attend(stage, costs.stages[stage])
         if costs.reduces is not None:
-            homeward.append(clock.transfer("reduce", stage, costs.reduces[stage]))
-            if stage > 0:
-                is_last = ~costs.casts[stage + 1 :].any(axis=0)
-                clock.wait(np.where(is_last, 0.0, homeward[stage - 1]))
-    if costs.rest is not None:
-        clock.attend(None, costs.rest, "attend the rest")
-    for arrival in homeward:
-        clock.wait(arrival)
+            previous, homeward = homeward, clock.transfer("reduce", stage, costs.reduces[stage])
+            if previous is not None:
+                clock.wait(previous)
+    if homeward is not None:
+        clock.wait(homeward)
     return clock

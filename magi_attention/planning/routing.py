@@ -115,10 +115,6 @@ class Routes:
         """Rows that each rank receives, ``(cp_size,)``."""
         return sum_by_group(self.receiver, self.rows, cp_size)
 
-    def most_rows(self, cp_size: int) -> int:
-        """Rows that a rank receives or sends in all stages, on the rank with most."""
-        return int(max(self.rows_received(cp_size).max(), self.rows_sent(cp_size).max()))
-
     def rows_sent(self, cp_size: int) -> IntArray:
         """Rows that each rank sends, a row once for every rank it goes to, ``(cp_size,)``."""
         return sum_by_group(self.owner, self.rows, cp_size)

@@ -12,7 +12,6 @@ from magi_attention.planning.cost_model import PassCosts, StageWork, grad_wire_b
 from magi_attention.planning.replay import Clock, replay
 
 Lane = Literal["compute", "network"]
-Kind = Literal["own", "stage", "cast", "reduce"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class Span:
         rank: The rank.
         lane: ``"compute"``, or ``"network"`` for a transfer, in which all ranks take part.
         stage: The stage that it belongs to, counted from 1; None for the rank's own keys.
-        name: ``own keys``, ``stage n``, ``rest of own keys``, ``cast n`` or ``reduce n``, as in profiles of the
-            runtime.
+        name: ``own keys``, ``stage n``, ``cast n`` or ``reduce n``, as in profiles of the runtime.
         start: Seconds from the beginning of the pass.
         end: Seconds from the beginning of the pass.
     """
@@ -35,13 +33,6 @@ class Span:
     name: str
     start: float
     end: float
-
-    @property
-    def kind(self) -> Kind:
-        """What the rank does: attend own keys or those of a stage, or cast or reduce rows."""
-        if self.lane == "network":
-            return "cast" if self.name.startswith("cast") else "reduce"
-        return "own" if self.stage is None else "stage"
 
 
 @dataclass(frozen=True)
@@ -134,8 +125,7 @@ def _spans(clock: Clock, rank: int) -> Iterator[Span]:
         start, end = (float(np.broadcast_to(time, clock.ranks.shape)[rank]) for time in (step.start, step.end))
         if start < end:
             stage = None if step.stage is None else step.stage + 1
-            if step.name in ("cast", "reduce"):
+            if step.name == "attend":
+                yield Span(rank, "compute", stage, "own keys" if stage is None else f"stage {stage}", start, end)
+            else:
                 yield Span(rank, "network", stage, f"{step.name} {stage}", start, end)
-                continue
-            own_keys = "own keys" if step.name == "attend" else "rest of own keys"
-            yield Span(rank, "compute", stage, own_keys if stage is None else f"stage {stage}", start, end)

@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from magi_attention.comm.exchange import Cast, Exchange, Reduce
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
-from magi_attention.runtime.runtime import OwnKeys, RankProgram
+from magi_attention.runtime.runtime import RankProgram
 from magi_attention.runtime.spans import span
 
 
@@ -44,21 +43,14 @@ def start_cast(number: int, k: torch.Tensor, v: torch.Tensor, program: RankProgr
         return program.stages[number - 1].exchange.cast((k, v))
 
 
-def own_stage(name: str, own: OwnKeys, k: torch.Tensor, v: torch.Tensor, alone: bool) -> Stage:
-    """Some of the rank's own keys and values."""
-    return Stage(name, None, own.schedule, k[own.start : own.end], v[own.start : own.end], alone)
-
-
-def all_stages(
-    upcoming: Cast | None, own: OwnKeys, k: torch.Tensor, v: torch.Tensor, program: RankProgram
-) -> Iterator[Stage]:
-    """``own`` keys and values of the rank, then those of each stage as they arrive, the first of which are under way.
+def all_stages(upcoming: Cast | None, k: torch.Tensor, v: torch.Tensor, program: RankProgram) -> Iterator[Stage]:
+    """The rank's own keys and values, then those of each stage as they arrive, the first of which are under way.
 
     While the caller computes with one stage, the rows of the next travel.
     """
     if program.blocking and upcoming is not None:
         upcoming.transfer.wait()
-    yield own_stage("own keys", own, k, v, alone=program.blocking or upcoming is None)
+    yield Stage("own keys", None, program.local, k, v, alone=program.blocking or upcoming is None)
     for number, stage in enumerate(program.stages, 1):
         current, upcoming = upcoming, start_cast(number + 1, k, v, program)
         assert current is not None
@@ -72,15 +64,6 @@ def all_stages(
 def beside_transfers(params: AttnParams, alone: bool) -> AttnParams:
     """The parameters of kernels that are alone on the device, or have transfers beside them."""
     return replace(params, sm_margin=0) if alone else replace(params, yields=params.sm_margin == 0)
-
-
-def with_room(grads: tuple[torch.Tensor, torch.Tensor], num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the first keys, and zeros for those behind them, ``num_keys`` in all."""
-    missing = num_keys - len(grads[0])
-    if not missing:
-        return grads
-    dk, dv = (F.pad(grad, (0, 0, 0, 0, 0, missing)) for grad in grads)
-    return dk, dv
 
 
 class DistAttn(torch.autograd.Function):
@@ -102,7 +85,7 @@ class DistAttn(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         upcoming = start_cast(1, k, v, program)
         state: State | None = None
-        for stage in all_stages(upcoming, program.own_keys, k, v, program):
+        for stage in all_stages(upcoming, k, v, program):
             with span(f"forward {stage.name}"):
                 stage_params = beside_transfers(params, stage.alone)
                 state = program.engine.forward(q, stage.k, stage.v, stage.schedule, stage_params, state, sink)
@@ -130,35 +113,25 @@ class DistAttn(torch.autograd.Function):
         dtype = None if program.stages else k.dtype  # parts are added up before rounding
         wire_dtype = k.dtype if program.rounds_grads else None
         key_grads: tuple[torch.Tensor, torch.Tensor] | None = None
-        homeward: list[Reduce] = []
-
-        def gradients(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+        homeward: Reduce | None = None
+        for stage in all_stages(upcoming, k, v, program):
             with span(f"backward {stage.name}"):
-                stage_params = beside_transfers(params, stage.alone and not homeward)
-                return engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)
-
-        for stage in all_stages(upcoming, program.own_keys_before, k, v, program):
-            part = gradients(stage)
+                stage_params = beside_transfers(params, stage.alone and homeward is None)
+                part = engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)
             if stage.exchange is None or key_grads is None:
-                key_grads = with_room(part, len(k))
+                key_grads = part
                 continue
             with span(f"reduce {stage.name}"):
-                homeward.append(stage.exchange.reduce(part, wire_dtype))
-                del part
-                if len(homeward) > 1 and not stage.alone:  # behind the last stage there is still work that hides them
-                    homeward.pop(0).wait(into=key_grads)
+                previous, homeward = homeward, stage.exchange.reduce(part, wire_dtype)
+                if previous is not None:
+                    previous.wait(into=key_grads)
+                del previous, part
         assert key_grads is not None
-        if program.own_keys_after is not None:
-            # While the last rows are on their way.
-            part = gradients(own_stage("rest of own keys", program.own_keys_after, k, v, alone=True))
-            for grad, more in zip(key_grads, part, strict=True):
-                grad[program.own_keys_after.start :].add_(more)
-            del part
         with span("finish backward"):
-            # These read and write memory only, so they come last.
+            # These read and write memory only, while the last rows are on their way.
             dsink = None if sink is None else engine.sink_grad(query_grads, sink, params)
             dq = engine.finish_backward(query_grads, params, q.dtype)
-            for reduce in homeward:
-                reduce.wait(into=key_grads)
+            if homeward is not None:
+                homeward.wait(into=key_grads)
             dk, dv = key_grads
             return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, dsink

@@ -4,14 +4,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from magi_attention.comm import Exchange
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.parts import make_parts
-from magi_attention.mask.bands import relocate
 from magi_attention.planning import DispatchPlan, RankPlan
 from magi_attention.planning.node_shares import cut_among_ranks
 from magi_attention.planning.roll_plan import plan_roll
@@ -29,32 +27,19 @@ class StageProgram:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnKeys:
-    """Some of the rank's own keys, ``start`` to ``end``, and the engine's schedule of its queries and these."""
-
-    start: int
-    end: int
-    schedule: Any
-
-
-@dataclass(frozen=True, eq=False)
 class RankProgram:
     """A rank's plan, ready to run on a device with an engine.
 
     Attributes:
         engine: The attention kernels.
-        own_keys: The rank's own keys, all of them, for the forward pass.
-        own_keys_before: Those that the backward pass begins with.
-        own_keys_after: Those that it ends with, if some are kept for that.
+        local: The engine's schedule of the rank's queries and its own keys.
         stages: The remote work, in order.
         blocking: Whether to wait for remote rows before computing anything.
         rounds_grads: Whether partial gradients of keys travel home in the type of the keys.
     """
 
     engine: Engine
-    own_keys: OwnKeys
-    own_keys_before: OwnKeys
-    own_keys_after: OwnKeys | None
+    local: Any
     stages: tuple[StageProgram, ...]
     blocking: bool
     rounds_grads: bool
@@ -71,19 +56,8 @@ class RankProgram:
             )
             for stage, part in zip(plan.stages, parts[1:], strict=True)
         )
-        own_keys = before = OwnKeys(0, keys, engine.schedule(plan.local_bands, rows, keys, parts[0]))
-        after = None
-        if plan.keeps_own_keys:
-            runs = [(0, plan.own_keys_before), (plan.own_keys_before, keys)]
-            before, after = (OwnKeys(*run, _schedule_of(plan, run, engine)) for run in runs)
-        return cls(engine, own_keys, before, after, stages, plan.blocking, plan.config.grad_wire_dtype == "input")
-
-
-def _schedule_of(plan: RankPlan, run: tuple[int, int], engine: Engine) -> Any:
-    """The schedule of a rank's queries and a run of its own keys."""
-    rows, (start, end) = plan.local_seqlen_q, run
-    bands = relocate(plan.local_bands, np.array([[0, rows]]), np.array([run]))
-    return engine.schedule(bands, rows, end - start)
+        local = engine.schedule(plan.local_bands, rows, keys, parts[0])
+        return cls(engine, local, stages, plan.blocking, plan.config.grad_wire_dtype == "input")
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,7 @@ def draw_pass(axes: Axes, timeline: PassTimeline, least_labelled: float) -> None
 def draw_spans(axes: Axes, row: int, spans: Sequence[Span], least_labelled: float) -> None:
     """One row of boxes, coloured by what they are."""
     extents = [(span.start, span.end - span.start) for span in spans]
-    colors = [COLORS[span.kind] for span in spans]
+    colors = [COLORS[span.name.split()[0]] for span in spans]
     edges = [
         "white" if seconds >= least_labelled / 8 else color for (_, seconds), color in zip(extents, colors, strict=True)
     ]

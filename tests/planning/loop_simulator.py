@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 
 Op = tuple[str, int | None]
 """`("cast", n)` and `("reduce", n)` post a transfer, `("wait cast", n)` and `("wait reduce", n)` wait for it, and
-`("attend", n)` computes: with a stage's rows, or with None with the rank's own; `("attend the rest", None)` with those
-of its own that are kept for the end."""
+`("attend", n)` computes: with a stage's rows, or with None with the rank's own."""
 
 
-def loop_program(num_stages: int, blocking: bool, backward: bool, keeps_own_keys: bool = False) -> list[Op]:
+def loop_program(num_stages: int, blocking: bool, backward: bool) -> list[Op]:
     """What every rank does in a pass, written from its description in docs/design.md."""
     program: list[Op] = []
     if num_stages:
@@ -23,12 +22,10 @@ def loop_program(num_stages: int, blocking: bool, backward: bool, keeps_own_keys
         program += [("wait cast", n), ("attend", n)]
         if backward:
             program.append(("reduce", n))
-            if 0 < n < num_stages - 1:
+            if n > 0:
                 program.append(("wait reduce", n - 1))
-    if keeps_own_keys:
-        program.append(("attend the rest", None))
-    if backward:
-        program += [("wait reduce", n) for n in range(max(num_stages - 2, 0), num_stages)]
+    if backward and num_stages:
+        program.append(("wait reduce", num_stages - 1))
     return program
 
 
@@ -52,7 +49,7 @@ def simulate(program: Sequence[Op], cp_size: int, seconds: Callable[[Op, int | N
             while at[rank] < len(program):
                 kind, n = op = program[at[rank]]
                 now = outcome.ends[rank]
-                if kind.startswith("attend"):
+                if kind == "attend":
                     outcome.ends[rank] = now + seconds(op, rank)
                     outcome.extents[op, rank] = now, outcome.ends[rank]
                 elif kind in ("cast", "reduce"):

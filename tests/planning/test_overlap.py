@@ -15,7 +15,6 @@ from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import AttnPlan, plan_attention, plan_new_mask
 from magi_attention.planning.cost_model import PassCosts, StageWork
 from magi_attention.planning.overlap import PARTS, estimate_candidates
-from magi_attention.planning.own_keys import keeps_own_keys
 from magi_attention.planning.routing import Routes
 from magi_attention.planning.timeline import predict_timeline
 from magi_attention.testing.mask_zoo import named_masks
@@ -163,18 +162,10 @@ def slow_seconds(work: StageWork, config: DistAttnConfig, blocking: bool = False
     for backward, weight in ((False, model.forward_weight), (True, model.backward_weight)):
         per_cell = (10e-12 / model.backward_tflops if backward else 4e-12 / model.forward_tflops) * 16
 
-        keeps = backward and keeps_own_keys(work.most_rows, work.mean_area, model, 4)
-
-        def seconds(
-            op: Op, rank: int | None, backward: bool = backward, per_cell: float = per_cell, keeps: bool = keeps
-        ) -> float:
+        def seconds(op: Op, rank: int | None, backward: bool = backward, per_cell: float = per_cell) -> float:
             kind, n = op
             if n is None:
-                own = work.local_areas[rank] * per_cell
-                if not keeps:
-                    return own
-                first = own / 3  # keys and values travel in 2 bytes, and gradients in 4
-                return first if kind == "attend" else own - first + (own > 0) * model.stage_overhead
+                return work.local_areas[rank] * per_cell
             if kind == "attend":
                 area = work.areas[n, rank]
                 merging = 0 if backward else work.queries[n, rank] * 16 * 4 * 2 / model.hbm_bandwidth
@@ -183,7 +174,7 @@ def slow_seconds(work: StageWork, config: DistAttnConfig, blocking: bool = False
             row_bytes = 2 * 16 * (4 if kind == "reduce" else 2)
             return (model.latency + rows * row_bytes / model.bandwidth) * (rows > 0)
 
-        program = loop_program(len(work.areas), blocking, backward, keeps)
+        program = loop_program(len(work.areas), blocking, backward)
         total += weight * max(simulate(program, len(work.local_areas), seconds).ends)
     return total
 
@@ -242,14 +233,14 @@ def test_few_stages_where_little_travels_and_more_where_much_can_be_hidden() -> 
     assert chosen_degree(causal, 4, bandwidth=1e15, latency=0) <= 1, "transfers take no time"
     assert chosen_degree(causal, 4, latency=1.0) <= 1, "each stage costs a second"
     assert chosen_degree(causal, 4, stage_overhead=1.0) <= 1
-    assert chosen_degree(causal, 4, bandwidth=1e7) >= 2, "much travels, and takes less than computing"
+    assert chosen_degree(causal, 4, bandwidth=3e7) >= 2, "much travels, and takes less than computing"
 
 
 def test_the_passes_count_as_their_weights_say() -> None:
-    """Forward, the rank's own keys hide one stage; backward, they do not hide both a cast and a reduce of it."""
+    """Forward, one stage is hidden behind the rank's own keys; backward, nothing hides the last reduce."""
     causal = builders.causal(2048)
-    assert chosen_degree(causal, 2, bandwidth=2e6, backward_weight=0) == 1
-    assert chosen_degree(causal, 2, bandwidth=2e6, forward_weight=0) > 1
+    assert chosen_degree(causal, 2, bandwidth=2e8, backward_weight=0) == 1
+    assert chosen_degree(causal, 2, bandwidth=2e8, forward_weight=0) > 1
 
 
 def test_max_degree_limits_the_choice() -> None:

@@ -25,7 +25,6 @@ BY_HAND = PassCosts(
     stages=np.array([[2.0, 4.0], [1.0, 3.0]]),
     casts=np.array([2.0, 5.0]),
     reduces=np.array([3.0, 2.0]),
-    rest=np.array([1.0, 3.0]),
 )
 
 
@@ -54,13 +53,12 @@ def test_backward_by_hand() -> None:
     # reduce 1 is posted when both have done stage 1, at 8, and waits for cast 2, until 11.
     assert extents(timeline, 1) == {
         "cast 1": (0, 2), "own keys": (0, 1), "cast 2": (6, 11), "stage 1": (2, 6), "reduce 1": (11, 14),
-        "stage 2": (11, 14), "reduce 2": (14, 16), "rest of own keys": (14, 17),
+        "stage 2": (11, 14), "reduce 2": (14, 16),
     }  # fmt: skip
-    assert extents(timeline, 0)["rest of own keys"] == (12, 13), "though reduce 1 has not arrived yet"
-    assert timeline.seconds == 17
+    assert timeline.seconds == 16
     rank0, rank1 = report_times(timeline)
-    assert (rank0.compute, rank0.exposed, rank0.idle) == (10, 3 + 3, 1)
-    assert (rank1.compute, rank1.exposed, rank1.idle) == (11, 1 + 5, 0)
+    assert (rank0.compute, rank0.exposed, rank0.idle) == (9, 3 + 4, 0)
+    assert (rank1.compute, rank1.exposed, rank1.idle) == (8, 1 + 5 + 2, 0)
 
 
 def test_blocking_by_hand() -> None:
@@ -80,7 +78,7 @@ def test_nothing_travels() -> None:
 
 @st.composite
 def pass_costs(draw: st.DrawFn, ways: int | None = None) -> PassCosts:
-    """Whole numbers, so that sums are exact; some are 0, but those of casts. With `ways`, so many ways side by side."""
+    """Whole numbers, so that sums are exact; some are 0. With `ways`, so many ways side by side."""
     cp_size, num_stages = draw(st.integers(1, 4)), draw(st.integers(0, 4))
     side_by_side = () if ways is None else (ways,)
 
@@ -88,13 +86,9 @@ def pass_costs(draw: st.DrawFn, ways: int | None = None) -> PassCosts:
         size = int(np.prod(shape))
         return np.array(draw(st.lists(st.integers(0, 9), min_size=size, max_size=size)), float).reshape(shape)
 
-    casts = 1 + seconds(num_stages, *side_by_side)
+    casts = seconds(num_stages, *side_by_side)
     stages = seconds(num_stages, *side_by_side, cp_size)
-    reduces = rest = None
-    if draw(st.booleans()):
-        reduces = seconds(*casts.shape)
-        rest = seconds(cp_size) if draw(st.booleans()) else None
-    return PassCosts(seconds(cp_size), stages, casts, reduces, rest)
+    return PassCosts(seconds(cp_size), stages, casts, seconds(*casts.shape) if draw(st.booleans()) else None)
 
 
 def check_against_simulation(costs: PassCosts, blocking: bool) -> None:
@@ -102,21 +96,19 @@ def check_against_simulation(costs: PassCosts, blocking: bool) -> None:
 
     def seconds(op: Op, rank: int | None) -> float:
         kind, n = op
-        if kind.startswith("attend"):
-            own = costs.rest if kind == "attend the rest" else costs.local
-            assert own is not None
-            return float(own[rank] if n is None else costs.stages[n, rank])
+        if kind == "attend":
+            return float(costs.local[rank] if n is None else costs.stages[n, rank])
         table = costs.casts if kind == "cast" else costs.reduces
         assert table is not None
         return float(table[n])
 
-    program = loop_program(len(costs.casts), blocking, costs.reduces is not None, costs.rest is not None)
+    program = loop_program(len(costs.casts), blocking, backward=costs.reduces is not None)
     outcome = simulate(program, len(costs.local), seconds)
     assert clock.ranks.tolist() == outcome.ends
     found = {}
     for step in clock.steps:
         for rank in range(len(costs.local)):
-            if step.name.startswith("attend"):
+            if step.name == "attend":
                 found[(step.name, step.stage), rank] = (step.start[rank], step.end[rank])
             else:
                 found[(step.name, step.stage), None] = (step.start, step.end)
@@ -135,8 +127,7 @@ def test_ways_side_by_side_are_ways_one_by_one(costs: PassCosts, blocking: list[
     together = replay(costs, np.array(blocking)).ranks
     for n in range(3 if len(costs.casts) else 0):
         reduces = None if costs.reduces is None else costs.reduces[:, n]
-        way = PassCosts(costs.local, costs.stages[:, n], costs.casts[:, n], reduces, costs.rest)
-        alone = replay(way, blocking[n]).ranks
+        alone = replay(PassCosts(costs.local, costs.stages[:, n], costs.casts[:, n], reduces), blocking[n]).ranks
         np.testing.assert_array_equal(together[n], alone)
 
 
@@ -147,7 +138,7 @@ def test_empty_stages_at_the_end_cost_nothing(costs: PassCosts, blocking: bool, 
         return np.concatenate((numbers, np.zeros((more, *numbers.shape[1:]))))
 
     reduces = None if costs.reduces is None else longer(costs.reduces)
-    padded = PassCosts(costs.local, longer(costs.stages), longer(costs.casts), reduces, costs.rest)
+    padded = PassCosts(costs.local, longer(costs.stages), longer(costs.casts), reduces)
     assert replay(padded, blocking).ranks.max() == replay(costs, blocking).ranks.max()
 
 
@@ -155,7 +146,7 @@ def test_empty_stages_at_the_end_cost_nothing(costs: PassCosts, blocking: bool, 
 @given(pass_costs(), st.booleans())
 def test_parts_make_up_the_whole_on_every_rank(costs: PassCosts, blocking: bool) -> None:
     timeline = PassTimeline.of(replay(costs, blocking))
-    total_compute = costs.local + costs.stages.sum(axis=0) + (0 if costs.rest is None else costs.rest)
+    total_compute = costs.local + costs.stages.sum(axis=0)
     for rank, times in enumerate(report_times(timeline)):
         assert times.compute == total_compute[rank]
         assert times.exposed >= 0 and times.idle >= 0
@@ -177,7 +168,6 @@ def test_a_plan_takes_the_time_of_its_areas_and_rows(
     flops = 2.5 * 4 * CHEAP.heads_q * CHEAP.head_dim
     for rank, times in zip(ranks, report_times(timeline.backward), strict=True):
         overhead = CHEAP.stage_overhead * sum(len(stage.bands) > 0 for stage in rank.stages)
-        overhead += CHEAP.stage_overhead * (plan.keeps_own_keys and len(rank.local_bands) > 0)
         assert times.compute == pytest.approx(rank.area * flops / 2e9 + overhead)
     travelling = [span for span in timeline.backward.spans if span.lane == "network"]
     assert {span.stage for span in travelling} == set(range(1, len(ranks[0].stages) + 1))

@@ -10,7 +10,6 @@ import torch
 
 from magi_attention.kernels.params import AttnParams
 from magi_attention.runtime.dist_attn import DistAttn
-from magi_attention.runtime.runtime import OwnKeys
 
 from ..planning.loop_simulator import Op, loop_program
 
@@ -21,15 +20,17 @@ class Recorder:
 
     ops: list[Op] = field(default_factory=list)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Op, *rest: Any) -> Any:
-        self.ops.append(schedule)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: int | None, *rest: Any) -> Any:
+        self.ops.append(("attend", schedule))
         return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0]), None
 
     def start_backward(self, *args: Any) -> None:
         pass
 
-    def backward(self, grads: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Op, *rest: Any) -> Any:
-        self.ops.append(schedule)
+    def backward(
+        self, grads: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: int | None, *rest: Any
+    ) -> Any:
+        self.ops.append(("attend", schedule))
         return torch.zeros_like(k), torch.zeros_like(v)
 
     def finish_backward(self, *args: Any) -> torch.Tensor:
@@ -49,24 +50,14 @@ class Recorder:
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("num_stages", [0, 1, 2, 4])
-def test_order(num_stages: int, keeps: bool, blocking: bool) -> None:
+def test_order(num_stages: int, blocking: bool) -> None:
     recorder = Recorder()
-    stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=("attend", n)) for n in range(num_stages)]
-    own_keys = OwnKeys(0, 4, ("attend", None))
-    program = SimpleNamespace(
-        engine=recorder,
-        own_keys=own_keys,
-        own_keys_before=OwnKeys(0, 1, ("attend", None)) if keeps else own_keys,
-        own_keys_after=OwnKeys(1, 4, ("attend the rest", None)) if keeps else None,
-        stages=stages,
-        blocking=blocking,
-        rounds_grads=False,
-    )
+    stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n) for n in range(num_stages)]
+    program = SimpleNamespace(engine=recorder, local=None, stages=stages, blocking=blocking, rounds_grads=False)
     q, k, v = (torch.zeros(4, 2, 8, requires_grad=True) for _ in range(3))
     out, _ = DistAttn.apply(q, k, v, program, AttnParams(1.0))
     assert recorder.ops == loop_program(num_stages, blocking, backward=False)
     recorder.ops.clear()
     out.sum().backward()
-    assert recorder.ops == loop_program(num_stages, blocking, backward=True, keeps_own_keys=keeps)
+    assert recorder.ops == loop_program(num_stages, blocking, backward=True)
