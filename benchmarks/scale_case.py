@@ -103,10 +103,11 @@ class Pack:
         attends = np.array([step.kind == "attend" for step in loop.steps])
         for rank, times in measured.items():
             if same_stages:
-                seconds[:, rank] = times.passes[way].seconds
+                seconds[:, rank] = times.passes[way].seconds_in_whole
             else:
                 seconds[attends, rank] *= times.passes[way].attend / max(seconds[attends, rank].sum(), 1e-12)
-        return replay(loop.steps, seconds, journey.wires[way])
+        own_keys_fill = way == BACKWARD and len(journey.work.part_areas) > 1
+        return replay(loop.steps, seconds, journey.wires[way], own_keys_fill)
 
 
 @dataclass(eq=False)

@@ -64,6 +64,14 @@ class Pass:
         """Seconds of the engine over all parts of the keys."""
         return sum(s for step, s in zip(self.steps, self.seconds, strict=True) if step.kind == "attend")
 
+    @property
+    def seconds_in_whole(self) -> tuple[float, ...]:
+        """Seconds of each step without marks between them, where kernels may run side by side: attention takes less."""
+        other = sum(self.seconds) - self.attend
+        factor = max(self.whole - other, 0.0) / self.attend if self.whole and self.attend else 1.0
+        times = zip(self.steps, self.seconds, strict=True)
+        return tuple(s * factor if step.kind == "attend" else s for step, s in times)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -157,7 +165,7 @@ def loop_of(num_stages: int, grad_wire_dtype: GradWireDtype = "float32") -> tupl
 
 
 def replay(
-    steps: Sequence[Step], seconds: NDArray[np.float64], wire_seconds: Sequence[float]
+    steps: Sequence[Step], seconds: NDArray[np.float64], wire_seconds: Sequence[float], own_keys_fill: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How long ranks take, and how much of it they wait.
 
@@ -168,8 +176,10 @@ def replay(
         steps: The steps of a pass, the same on every rank.
         seconds: Of each step on each rank, ``(len(steps), num_ranks)``.
         wire_seconds: Of each transfer.
+        own_keys_fill: Whether a rank computes with its own keys whenever it would wait, and with what is left of them
+            before the engine is done with the pass. Else it computes with them at once.
     """
-    clock, waited = np.zeros(seconds.shape[1]), np.zeros(seconds.shape[1])
+    clock, waited, own_left = np.zeros((3, seconds.shape[1]))
     wire_free = 0.0
     arrival: dict[int, float] = {}
     for step, step_seconds in zip(steps, seconds, strict=True):
@@ -177,7 +187,12 @@ def replay(
             wire_free = arrival[step.number] = max(float(clock.max()), wire_free) + wire_seconds[step.number]
         elif step.kind == "wait":
             wait = np.maximum(arrival[step.number] - clock, 0)
-            clock, waited = clock + wait, waited + wait
+            filled = np.minimum(wait, own_left)
+            clock, waited, own_left = clock + wait, waited + wait - filled, own_left - filled
+        elif own_keys_fill and (step.kind, step.number) == ("attend", 0):
+            own_left = step_seconds
+        elif step.kind == "whole":
+            clock, own_left = clock + own_left + step_seconds, np.zeros_like(own_left)
         else:
             clock = clock + step_seconds
     return clock, waited

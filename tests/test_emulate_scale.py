@@ -170,6 +170,31 @@ def test_ranks_take_the_steps_of_the_toy_problem(degree: int) -> None:
 # The replay
 
 
+def test_own_keys_fill_the_time_of_transfers() -> None:
+    """Five seconds of own keys: three until rows arrive, the rest while others go home, which takes longer."""
+    kinds = [
+        ("send", 0),
+        ("whole", 0),
+        ("attend", 0),
+        ("wait", 0),
+        ("attend", 1),
+        ("send", 1),
+        ("whole", 1),
+        ("wait", 1),
+    ]
+    steps = [record.Step(*kind) for kind in kinds]
+    seconds = np.array([[0.0], [1.0], [5.0], [0.0], [2.0], [0.0], [0.5], [0.0]])
+    for fills, end, waited in ((True, 11.0, 2.5), (False, 13.0, 4.5)):
+        clock, waits = loop.replay(steps, seconds, [4.0, 5.0], fills)
+        assert (clock.tolist(), waits.tolist()) == ([end], [waited])
+
+
+def test_attention_takes_what_is_left_of_the_whole() -> None:
+    steps = tuple(record.Step(*kind) for kind in (("whole", 0), ("attend", 0), ("attend", 1), ("rows", 0)))
+    assert loop.Pass(steps, (1.0, 4.0, 2.0, 0.5), whole=4.5).seconds_in_whole == (1.0, 2.0, 1.0, 0.5)
+    assert loop.Pass(steps, (1.0, 4.0, 2.0, 0.5), whole=0.0).seconds_in_whole == (1.0, 4.0, 2.0, 0.5)
+
+
 def test_replay_of_a_transfer_beside_work() -> None:
     steps = [record.Step(kind) for kind in ("rows", "send", "attend", "wait", "rows")]
     seconds = np.array([[1.0, 2.0], [0, 0], [3.0, 1.0], [0, 0], [0.5, 0.5]])

@@ -2,7 +2,8 @@
 
 :func:`replay` is the loop of ``runtime/dist_attn.py``; a change there is a change here. What it assumes:
 
-* A rank computes one thing after the other.
+* A rank computes one thing after the other, but that in the backward pass, unless rows are waited for before anything
+  is computed, its own keys fill the time in which it would wait, and come last for the rest.
 * A transfer is a collective of all ranks. It starts when every rank has reached it, since rows are packed where a rank
   computes, and ends, on all ranks alike, when the slowest has sent and received its rows.
 * Transfers run one after the other, in the order in which the loop posts them.
@@ -33,12 +34,14 @@ class Clock:
     Attributes:
         ranks: When each rank is free to compute, ``(..., cp_size)``.
         network: When the last transfer posted ends, ``(...)``.
+        own_left: How long each rank has still to compute with own keys, whenever it would wait, ``(..., cp_size)``.
         steps: What has happened.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.ranks = np.zeros(shape)
         self.network = np.zeros(shape[:-1])
+        self.own_left = np.zeros(shape)
         self.steps: list[Step] = []
 
     def attend(self, stage: int | None, seconds: FloatArray) -> None:
@@ -54,8 +57,15 @@ class Clock:
         return self.network
 
     def wait(self, until: FloatArray) -> None:
-        """No rank computes on before a time."""
-        self.ranks = np.maximum(self.ranks, until[..., None])
+        """No rank goes on before a time; meanwhile it computes with own keys that are left."""
+        arrival = np.maximum(self.ranks, until[..., None])
+        self.attend_own(np.minimum(self.own_left, arrival - self.ranks))
+        self.ranks = arrival
+
+    def attend_own(self, seconds: FloatArray) -> None:
+        """Every rank computes for so long with own keys that are left."""
+        self.own_left = self.own_left - seconds
+        self.attend(None, seconds)
 
 
 def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
@@ -73,7 +83,9 @@ def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
     if num_stages:
         upcoming = clock.transfer("cast", 0, costs.casts[0])
         clock.wait(np.where(blocking, upcoming, 0.0))
-    clock.attend(None, costs.local)
+    fills = ~np.asarray(blocking)[..., None] & (costs.reduces is not None and num_stages > 0)
+    clock.attend(None, np.where(fills, 0.0, costs.local))
+    clock.own_left = np.where(fills, costs.local, 0.0) + clock.own_left
     homeward: FloatArray | None = None
     for stage in range(num_stages):
         current = upcoming
@@ -85,6 +97,7 @@ def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
             previous, homeward = homeward, clock.transfer("reduce", stage, costs.reduces[stage])
             if previous is not None:
                 clock.wait(previous)
+    clock.attend_own(clock.own_left)
     if homeward is not None:
         clock.wait(homeward)
     return clock

@@ -13,6 +13,7 @@ from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.runtime.runtime import RankProgram
 from magi_attention.runtime.spans import span
+from magi_attention.runtime.stage_lane import StageLane, StageStream
 
 
 class Stage(NamedTuple):
@@ -66,6 +67,14 @@ def beside_transfers(params: AttnParams, alone: bool) -> AttnParams:
     return replace(params, sm_margin=0) if alone else replace(params, yields=params.sm_margin == 0)
 
 
+def stage_lane(q: torch.Tensor, program: RankProgram, params: AttnParams) -> StageLane:
+    """Where the stages of a backward pass run."""
+    overlaps = program.stages and not program.blocking and params.sm_margin == 0
+    if overlaps and q.is_cuda and program.engine.adds_in_any_order(params, q.shape[2]):
+        return StageStream(q.device)
+    return StageLane()
+
+
 class DistAttn(torch.autograd.Function):
     """``(q, k, v)`` of this rank's rows to ``(out, lse)`` of its rows, attending the rows of all ranks.
 
@@ -108,30 +117,46 @@ class DistAttn(torch.autograd.Function):
         q, k, v, sink, out, lse = ctx.saved_tensors
         program, params = ctx.program, ctx.params
         engine = program.engine
-        upcoming = start_cast(1, k, v, program)
+        lane = stage_lane(q, program, params)
+        with lane.after(lane.now()):
+            upcoming = start_cast(1, k, v, program)
         query_grads = engine.start_backward(out, dout, lse, dlse, params)
         dtype = None if program.stages else k.dtype  # parts are added up before rounding
         wire_dtype = k.dtype if program.rounds_grads else None
-        key_grads: tuple[torch.Tensor, torch.Tensor] | None = None
         homeward: Reduce | None = None
-        for stage in all_stages(upcoming, k, v, program):
+
+        def gradients(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
             with span(f"backward {stage.name}"):
                 stage_params = beside_transfers(params, stage.alone and homeward is None)
-                part = engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)
-            if stage.exchange is None or key_grads is None:
-                key_grads = part
-                continue
-            with span(f"reduce {stage.name}"):
-                previous, homeward = homeward, stage.exchange.reduce(part, wire_dtype)
-                if previous is not None:
-                    previous.wait(into=key_grads)
-                del previous, part
-        assert key_grads is not None
+                return engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)
+
+        before_own_keys = lane.now()
+        stages = all_stages(upcoming, k, v, program)
+        del upcoming
+        key_grads = gradients(next(stages))
+        with lane.after(before_own_keys):
+            # What comes home before own keys are done must not wait for them.
+            apart = lane.overlaps and len(program.stages) > 1
+            sums = tuple(torch.zeros_like(x) for x in key_grads) if apart else key_grads
+            for stage in stages:
+                part = gradients(stage)
+                assert stage.exchange is not None
+                with span(f"reduce {stage.name}"):
+                    previous, homeward = homeward, stage.exchange.reduce(part, wire_dtype)
+                    if previous is not None:
+                        previous.wait(into=sums)
+                    del previous, part
+        lane.join()
         with span("finish backward"):
             # These read and write memory only, while the last rows are on their way.
             dsink = None if sink is None else engine.sink_grad(query_grads, sink, params)
             dq = engine.finish_backward(query_grads, params, q.dtype)
-            if homeward is not None:
-                homeward.wait(into=key_grads)
+            with lane.after(lane.now()):
+                if homeward is not None:
+                    homeward.wait(into=sums)
+            lane.join()
+            if apart:
+                for grad, more in zip(key_grads, sums, strict=True):
+                    grad.add_(more)
             dk, dv = key_grads
             return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, dsink

@@ -233,14 +233,14 @@ def test_few_stages_where_little_travels_and_more_where_much_can_be_hidden() -> 
     assert chosen_degree(causal, 4, bandwidth=1e15, latency=0) <= 1, "transfers take no time"
     assert chosen_degree(causal, 4, latency=1.0) <= 1, "each stage costs a second"
     assert chosen_degree(causal, 4, stage_overhead=1.0) <= 1
-    assert chosen_degree(causal, 4, bandwidth=3e7) >= 2, "much travels, and takes less than computing"
+    assert chosen_degree(causal, 4, bandwidth=1e7) >= 2, "much travels, and takes less than computing"
 
 
 def test_the_passes_count_as_their_weights_say() -> None:
-    """Forward, one stage is hidden behind the rank's own keys; backward, nothing hides the last reduce."""
+    """Forward, the rank's own keys hide one stage; backward, they do not hide both a cast and a reduce of it."""
     causal = builders.causal(2048)
-    assert chosen_degree(causal, 2, bandwidth=2e8, backward_weight=0) == 1
-    assert chosen_degree(causal, 2, bandwidth=2e8, forward_weight=0) > 1
+    assert chosen_degree(causal, 2, bandwidth=2e6, backward_weight=0) == 1
+    assert chosen_degree(causal, 2, bandwidth=2e6, forward_weight=0) > 1
 
 
 def test_max_degree_limits_the_choice() -> None:

@@ -32,6 +32,11 @@ def extents(timeline: PassTimeline, rank: int) -> dict[str, tuple[float, float]]
     return {span.name: (span.start, span.end) for span in timeline.spans if span.rank == rank}
 
 
+def pieces(timeline: PassTimeline, rank: int) -> list[tuple[str, float, float]]:
+    found = [(span.name, span.start, span.end) for span in timeline.spans if span.rank == rank]
+    return sorted(found, key=lambda piece: (piece[1:], piece[0]))
+
+
 def test_forward_by_hand() -> None:
     costs = PassCosts(BY_HAND.local, BY_HAND.stages, BY_HAND.casts, None)
     timeline = PassTimeline.of(replay(costs, blocking=False))
@@ -50,15 +55,19 @@ def test_forward_by_hand() -> None:
 
 def test_backward_by_hand() -> None:
     timeline = PassTimeline.of(replay(BY_HAND, blocking=False))
-    # reduce 1 is posted when both have done stage 1, at 8, and waits for cast 2, until 11.
-    assert extents(timeline, 1) == {
-        "cast 1": (0, 2), "own keys": (0, 1), "cast 2": (6, 11), "stage 1": (2, 6), "reduce 1": (11, 14),
-        "stage 2": (11, 14), "reduce 2": (14, 16),
-    }  # fmt: skip
-    assert timeline.seconds == 16
+    # Own keys fill the time until cast 1 has arrived. Then rank 0 has four seconds of them left.
+    assert pieces(timeline, 0) == [
+        ("cast 1", 0, 2), ("own keys", 0, 2), ("stage 1", 2, 4), ("cast 2", 2, 7), ("own keys", 4, 7),
+        ("stage 2", 7, 8), ("reduce 1", 7, 10), ("own keys", 8, 9), ("reduce 2", 10, 12),
+    ]  # fmt: skip
+    assert pieces(timeline, 1) == [
+        ("own keys", 0, 1), ("cast 1", 0, 2), ("stage 1", 2, 6), ("cast 2", 2, 7), ("reduce 1", 7, 10),
+        ("stage 2", 7, 10), ("reduce 2", 10, 12),
+    ]  # fmt: skip
+    assert timeline.seconds == 12
     rank0, rank1 = report_times(timeline)
-    assert (rank0.compute, rank0.exposed, rank0.idle) == (9, 3 + 4, 0)
-    assert (rank1.compute, rank1.exposed, rank1.idle) == (8, 1 + 5 + 2, 0)
+    assert (rank0.compute, rank0.exposed, rank0.idle) == (9, 3, 0)
+    assert (rank1.compute, rank1.exposed, rank1.idle) == (8, 1 + 1 + 2, 0)
 
 
 def test_blocking_by_hand() -> None:
@@ -106,13 +115,16 @@ def check_against_simulation(costs: PassCosts, blocking: bool) -> None:
     outcome = simulate(program, len(costs.local), seconds)
     assert clock.ranks.tolist() == outcome.ends
     found = {}
+    own: list[list[tuple[float, float]]] = [[] for _ in costs.local]
     for step in clock.steps:
         for rank in range(len(costs.local)):
-            if step.name == "attend":
+            if step.name == "attend" and step.stage is None:
+                own[rank] += [(step.start[rank], step.end[rank])] if step.start[rank] < step.end[rank] else []
+            elif step.name == "attend":
                 found[(step.name, step.stage), rank] = (step.start[rank], step.end[rank])
             else:
                 found[(step.name, step.stage), None] = (step.start, step.end)
-    assert found == outcome.extents
+    assert (found, own) == (outcome.extents, outcome.own)
 
 
 @settings(max_examples=200, deadline=None)

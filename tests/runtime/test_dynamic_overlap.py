@@ -23,7 +23,7 @@ def dynamic(**costs: float) -> DistAttnConfig:
 @pytest.mark.parametrize(("latency", "degree"), [(0.0, 4), (1.0, 1)])
 def test_many_stages_and_one(rank_pool: RankPool, latency: float, degree: int) -> None:
     problem = Problem.random(
-        named_masks(107)["causal"], config=dynamic(latency=latency, bandwidth=3e7, stage_overhead=0.0)
+        named_masks(107)["causal"], config=dynamic(latency=latency, bandwidth=3e6, stage_overhead=0.0)
     )
     choice = plan_attention(problem.mask, 3, problem.chunk_size, config=problem.config).overlap_choice
     assert choice is not None and choice.chosen.degree == degree

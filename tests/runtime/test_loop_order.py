@@ -1,6 +1,7 @@
 """Predicted timelines replay the runtime's loop: this is the order in which it posts, waits and computes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from magi_attention.kernels.params import AttnParams
+from magi_attention.runtime import dist_attn
 from magi_attention.runtime.dist_attn import DistAttn
+from magi_attention.runtime.stage_lane import StageLane
 
 from ..planning.loop_simulator import Op, loop_program
 
@@ -49,15 +52,91 @@ class Recorder:
         return SimpleNamespace(cast=cast, reduce=reduce)
 
 
+def make_program(recorder: Recorder, num_stages: int, blocking: bool) -> SimpleNamespace:
+    stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n) for n in range(num_stages)]
+    return SimpleNamespace(engine=recorder, local=None, stages=stages, blocking=blocking, rounds_grads=False)
+
+
+def in_order_of_posting(program: list[Op]) -> list[Op]:
+    """What the host does: own keys are begun once, and whatever is left of them is done by itself."""
+    return [("attend", None) if op == ("begin", None) else op for op in program if op != ("end", None)]
+
+
+def attend(recorder: Recorder, program: SimpleNamespace) -> torch.Tensor:
+    q, k, v = (torch.zeros(4, 2, 8, requires_grad=True) for _ in range(3))
+    out, _ = DistAttn.apply(q, k, v, program, AttnParams(1.0))
+    return out
+
+
 @pytest.mark.parametrize("blocking", [False, True])
 @pytest.mark.parametrize("num_stages", [0, 1, 2, 4])
 def test_order(num_stages: int, blocking: bool) -> None:
     recorder = Recorder()
-    stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n) for n in range(num_stages)]
-    program = SimpleNamespace(engine=recorder, local=None, stages=stages, blocking=blocking, rounds_grads=False)
-    q, k, v = (torch.zeros(4, 2, 8, requires_grad=True) for _ in range(3))
-    out, _ = DistAttn.apply(q, k, v, program, AttnParams(1.0))
+    out = attend(recorder, make_program(recorder, num_stages, blocking))
     assert recorder.ops == loop_program(num_stages, blocking, backward=False)
     recorder.ops.clear()
     out.sum().backward()
-    assert recorder.ops == loop_program(num_stages, blocking, backward=True)
+    assert recorder.ops == in_order_of_posting(loop_program(num_stages, blocking, backward=True))
+
+
+@dataclass
+class RecordingLane(StageLane):
+    """Events are the number of operations before them. What runs on the lane is noted with the event behind which."""
+
+    recorder: Recorder
+    on_lane: dict[int, int] = field(default_factory=dict)
+    joins: list[int] = field(default_factory=list)
+    overlaps = True
+
+    def now(self) -> Any:
+        return len(self.recorder.ops)
+
+    @contextmanager
+    def after(self, event: Any) -> Iterator[None]:
+        begin = len(self.recorder.ops)
+        yield
+        self.on_lane |= dict.fromkeys(range(begin, len(self.recorder.ops)), event)
+
+    def join(self) -> None:
+        self.joins.append(len(self.recorder.ops))
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_stages_run_beside_own_keys(num_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but own keys is on the lane, and but for the last gradients it follows what was there before own keys."""
+    recorder = Recorder()
+    out = attend(recorder, make_program(recorder, num_stages, blocking=False))
+    recorder.ops.clear()
+    lane = RecordingLane(recorder)
+    monkeypatch.setattr(dist_attn, "stage_lane", lambda *args: lane)
+    out.sum().backward()
+    assert recorder.ops == in_order_of_posting(loop_program(num_stages, blocking=False, backward=True))
+    own, last = recorder.ops.index(("attend", None)), len(recorder.ops) - 1
+    assert set(range(len(recorder.ops))) - lane.on_lane.keys() == {own}
+    assert {event for n, event in lane.on_lane.items() if n != last} <= {0, own}
+    assert recorder.ops[last] == ("wait reduce", num_stages - 1) and lane.on_lane[last] == last
+    assert lane.joins == [last, last + 1]
+
+
+def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of their own on a GPU, if the engine may have several kernels at a time and none must leave room."""
+    monkeypatch.setattr(dist_attn, "StageStream", lambda device: "stream")
+    engine = SimpleNamespace(adds_in_any_order=lambda params, head_dim: not params.deterministic and head_dim == 8)
+    usual = {"is_cuda": True, "stages": [1], "blocking": False, "params": AttnParams(1.0), "head_dim": 8}
+
+    def where(**changes: Any) -> object:
+        case = SimpleNamespace(**(usual | changes))
+        q = SimpleNamespace(is_cuda=case.is_cuda, shape=(4, 2, case.head_dim), device="cuda")
+        program = SimpleNamespace(stages=case.stages, blocking=case.blocking, engine=engine)
+        return dist_attn.stage_lane(q, program, case.params)  # type: ignore[arg-type]
+
+    assert where() == "stream"
+    for change in (
+        {"is_cuda": False},
+        {"stages": []},
+        {"blocking": True},
+        {"params": AttnParams(1.0, deterministic=True)},
+        {"params": AttnParams(1.0, sm_margin=8)},
+        {"head_dim": 256},
+    ):
+        assert isinstance(where(**change), StageLane), change

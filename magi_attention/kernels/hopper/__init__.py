@@ -20,7 +20,17 @@ from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask.bands import IntArray
 
-__all__ = ["backward", "finish_backward", "forward", "name", "refusal", "schedule", "sink_grad", "start_backward"]
+__all__ = [
+    "adds_in_any_order",
+    "backward",
+    "finish_backward",
+    "forward",
+    "name",
+    "refusal",
+    "schedule",
+    "sink_grad",
+    "start_backward",
+]
 
 name = "hopper"
 
@@ -73,6 +83,11 @@ def forward(
 def by_tiles_backward(params: AttnParams, head_dim: int) -> bool:
     """Whether the backward pass is that of the triton engine."""
     return params.deterministic or head_dim > MAX_BACKWARD_HEAD_DIM
+
+
+def adds_in_any_order(params: AttnParams, head_dim: int) -> bool:
+    """See :meth:`magi_attention.kernels.engine.Engine.adds_in_any_order`."""
+    return not by_tiles_backward(params, head_dim)
 
 
 def start_backward(

@@ -23,7 +23,17 @@ from magi_attention.kernels.triton import tuning
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule
 from magi_attention.mask.bands import IntArray
 
-__all__ = ["backward", "finish_backward", "forward", "name", "refusal", "schedule", "sink_grad", "start_backward"]
+__all__ = [
+    "adds_in_any_order",
+    "backward",
+    "finish_backward",
+    "forward",
+    "name",
+    "refusal",
+    "schedule",
+    "sink_grad",
+    "start_backward",
+]
 
 name = "triton"
 
@@ -115,6 +125,11 @@ def backward(
     launch_dq(launch, grads)
     launch_dkdv(launch, grads, dk, dv)
     return dk, dv
+
+
+def adds_in_any_order(params: AttnParams, head_dim: int) -> bool:
+    """See :meth:`magi_attention.kernels.engine.Engine.adds_in_any_order`."""
+    return False
 
 
 def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""Stage lane: where the stages of a backward pass run, beside the rank's own keys.
+
+Gradients over different keys add to the same dq, in whatever order, and need nothing from each other. So a GPU may have
+all of them at once: own keys on the stream that computes, and stages on one that is served first. A stage begins when
+its rows are there, on the multiprocessors that become free; own keys take all others, while rows are under way, where a
+stage ends with fewer programs than multiprocessors, and while the last gradients go home.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+
+class StageLane:
+    """On the CPU, or where one kernel must not run beside another: the lane is the current stream itself."""
+
+    overlaps = False
+    """Whether the lane is another stream."""
+
+    def now(self) -> torch.cuda.Event | None:
+        """What the current stream has been given so far."""
+        return None
+
+    @contextmanager
+    def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
+        """What is inside runs on the lane, behind an event of the current stream."""
+        yield
+
+    def join(self) -> None:
+        """The current stream goes on behind all that the lane has been given."""
+
+
+class StageStream(StageLane):
+    """A stream beside the current one.
+
+    The caching allocator knows a tensor on the stream that it was allocated on only. What the lane reads of the current
+    stream must be held until that has joined. What is allocated on the lane may be read on the current stream after
+    that: its memory goes to the lane again, which begins behind the current stream next time.
+    """
+
+    overlaps = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._current = torch.cuda.current_stream(device)
+        self._lane = _lane_beside(self._current)
+
+    def now(self) -> torch.cuda.Event:
+        """See :meth:`StageLane.now`."""
+        return self._current.record_event()
+
+    @contextmanager
+    def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
+        """See :meth:`StageLane.after`."""
+        assert event is not None
+        self._lane.wait_event(event)
+        with torch.cuda.stream(self._lane):
+            yield
+
+    def join(self) -> None:
+        """See :meth:`StageLane.join`."""
+        self._current.wait_stream(self._lane)
+
+
+@cache
+def _lane_beside(computing: torch.cuda.Stream) -> torch.cuda.Stream:
+    return torch.cuda.Stream(computing.device, priority=-1)
