@@ -75,4 +75,5 @@ class EnqueuedStep(Generic[T]):
 
 @cache
 def _side_stream(computing: torch.cuda.Stream) -> torch.cuda.Stream:
-    return torch.cuda.Stream(computing.device, priority=-1)  # first to get the multiprocessors that become free
+    # First to get the multiprocessors that become free.
+    return torch.cuda.Stream(computing.device, priority=computing.priority - 1)

@@ -173,12 +173,12 @@ def backward(
     return dk.to(dtype or wide), dv.to(dtype or wide)
 
 
-@_undisturbed
 def adds_in_any_order(params: AttnParams, head_dim: int) -> bool:
     """See :meth:`magi_attention.kernels.engine.Engine.adds_in_any_order`."""
     return False
 
 
+@_undisturbed
 def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
     """See :meth:`magi_attention.kernels.engine.Engine.sink_grad`."""
     probs = (sink.to(grads.lse.dtype)[:, None] / LN2 - grads.lse).exp2_()

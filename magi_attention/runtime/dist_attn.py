@@ -92,9 +92,8 @@ class DistAttn(torch.autograd.Function):
         params: AttnParams,
         sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        upcoming = start_cast(1, k, v, program)
         state: State | None = None
-        for stage in all_stages(upcoming, k, v, program):
+        for stage in all_stages(start_cast(1, k, v, program), k, v, program):
             with span(f"forward {stage.name}"):
                 stage_params = beside_transfers(params, stage.alone)
                 state = program.engine.forward(q, stage.k, stage.v, stage.schedule, stage_params, state, sink)
@@ -146,7 +145,6 @@ class DistAttn(torch.autograd.Function):
                     if previous is not None:
                         previous.wait(into=sums)
                     del previous, part
-        lane.join()
         with span("finish backward"):
             # These read and write memory only, while the last rows are on their way.
             dsink = None if sink is None else engine.sink_grad(query_grads, sink, params)
@@ -154,7 +152,6 @@ class DistAttn(torch.autograd.Function):
             with lane.after(lane.now()):
                 if homeward is not None:
                     homeward.wait(into=sums)
-            lane.join()
             if apart:
                 for grad, more in zip(key_grads, sums, strict=True):
                     grad.add_(more)

@@ -25,19 +25,16 @@ class StageLane:
 
     @contextmanager
     def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
-        """What is inside runs on the lane, behind an event of the current stream."""
+        """What is inside runs on the lane, behind an event of the current stream, which goes on when it is done."""
         yield
-
-    def join(self) -> None:
-        """The current stream goes on behind all that the lane has been given."""
 
 
 class StageStream(StageLane):
     """A stream beside the current one.
 
     The caching allocator knows a tensor on the stream that it was allocated on only. What the lane reads of the current
-    stream must be held until that has joined. What is allocated on the lane may be read on the current stream after
-    that: its memory goes to the lane again, which begins behind the current stream next time.
+    stream must be held until that goes on. What is allocated on the lane may be read on the current stream after that:
+    its memory goes to the lane again, which begins behind the current stream next time.
     """
 
     overlaps = True
@@ -55,14 +52,14 @@ class StageStream(StageLane):
         """See :meth:`StageLane.after`."""
         assert event is not None
         self._lane.wait_event(event)
-        with torch.cuda.stream(self._lane):
-            yield
-
-    def join(self) -> None:
-        """See :meth:`StageLane.join`."""
-        self._current.wait_stream(self._lane)
+        try:
+            with torch.cuda.stream(self._lane):
+                yield
+        finally:
+            # Behind an error, too: what the lane still does must not meet memory that is given away.
+            self._current.wait_stream(self._lane)
 
 
 @cache
 def _lane_beside(computing: torch.cuda.Stream) -> torch.cuda.Stream:
-    return torch.cuda.Stream(computing.device, priority=-1)
+    return torch.cuda.Stream(computing.device, priority=computing.priority - 1)

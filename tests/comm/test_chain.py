@@ -27,7 +27,7 @@ class FakeStream:
     log: list[str]
 
     def __init__(self, device: torch.device, priority: int = 0, name: str = "side") -> None:
-        self.device, self.name = device, name
+        self.device, self.priority, self.name = device, priority, name
 
     def wait_stream(self, other: "FakeStream") -> None:
         self.log.append(f"{self.name} waits for {other.name}")

@@ -124,8 +124,9 @@ def capture(rank: int, group: dist.ProcessGroup, problem: Problem) -> list[float
     return [(a.float() - b.float()).abs().max().item() for a, b in zip(captured, step(key, leaves, dout), strict=True)]
 
 
-def test_a_step_in_a_cuda_graph(gpus: RankPool) -> None:
-    for differences in gpus.run(capture, 2, make_problem(builders.causal(1024), CONFIGS["degree 1"])):
+@pytest.mark.parametrize("config", ["degree 1", "degree 3"])
+def test_a_step_in_a_cuda_graph(gpus: RankPool, config: str) -> None:
+    for differences in gpus.run(capture, 2, make_problem(builders.causal(1024), CONFIGS[config])):
         assert differences[:2] == [0, 0] and max(differences) < 0.05, "dq is added up in any order"
 
 
@@ -147,9 +148,10 @@ def two_groups(rank: int, group: dist.ProcessGroup, problems: list[Problem]) -> 
     ]
 
 
-def test_two_groups_interleaved(gpus: RankPool) -> None:
+@pytest.mark.parametrize("config", ["degree 1", "degree 3"])
+def test_two_groups_interleaved(gpus: RankPool, config: str) -> None:
     masks = builders.causal(2000), builders.varlen([0, 500, 1300, 2000])
-    for parts in gpus.run(two_groups, 2, [make_problem(mask, CONFIGS["degree 1"]) for mask in masks]):
+    for parts in gpus.run(two_groups, 2, [make_problem(mask, CONFIGS[config]) for mask in masks]):
         for differences in parts:
             assert differences[0] == 0 and max(differences) < 0.05, "gradients are added up in any order"
 

@@ -9,6 +9,7 @@ import torch
 from magi_attention.kernels import engine as engine_module
 from magi_attention.kernels import explain, reference, triton
 from magi_attention.kernels.engine import ENGINES, choose_engine
+from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.triton import tuning
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -93,3 +94,10 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(2):
             choose_engine(CPU, torch.float32, 48)
     assert len(caplog.messages) == 1 and "reference: chosen" in caplog.text
+
+
+def test_which_engines_may_have_several_backward_kernels_at_a_time() -> None:
+    usual, repeatable = AttnParams(1.0), AttnParams(1.0, deterministic=True)
+    cases = (usual, 64), (usual, 256), (repeatable, 64)
+    may = {engine.name: [engine.adds_in_any_order(*case) for case in cases] for engine in ENGINES}
+    assert may == {"hopper": [True, False, False], "triton": [False] * 3, "reference": [False] * 3}

@@ -85,7 +85,6 @@ class RecordingLane(StageLane):
 
     recorder: Recorder
     on_lane: dict[int, int] = field(default_factory=dict)
-    joins: list[int] = field(default_factory=list)
     overlaps = True
 
     def now(self) -> Any:
@@ -96,9 +95,6 @@ class RecordingLane(StageLane):
         begin = len(self.recorder.ops)
         yield
         self.on_lane |= dict.fromkeys(range(begin, len(self.recorder.ops)), event)
-
-    def join(self) -> None:
-        self.joins.append(len(self.recorder.ops))
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
@@ -115,7 +111,6 @@ def test_stages_run_beside_own_keys(num_stages: int, monkeypatch: pytest.MonkeyP
     assert set(range(len(recorder.ops))) - lane.on_lane.keys() == {own}
     assert {event for n, event in lane.on_lane.items() if n != last} <= {0, own}
     assert recorder.ops[last] == ("wait reduce", num_stages - 1) and lane.on_lane[last] == last
-    assert lane.joins == [last, last + 1]
 
 
 def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:

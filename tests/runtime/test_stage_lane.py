@@ -14,7 +14,6 @@ def test_without_another_stream_nothing_is_done() -> None:
     lane = StageLane()
     with lane.after(lane.now()):
         pass
-    lane.join()
     assert not lane.overlaps
 
 
@@ -48,8 +47,10 @@ def test_a_stream_beside_the_current_one(monkeypatch: pytest.MonkeyPatch) -> Non
     @contextmanager
     def inside(stream: Stream) -> Iterator[None]:
         log.append(f"enter {stream.name}")
-        yield
-        log.append(f"leave {stream.name}")
+        try:
+            yield
+        finally:
+            log.append(f"leave {stream.name}")
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "Stream", make)
@@ -60,9 +61,12 @@ def test_a_stream_beside_the_current_one(monkeypatch: pytest.MonkeyPatch) -> Non
     log.append("own keys")
     with lane.after(event):
         log.append("stages")
-    lane.join()
     assert lane.overlaps and [(s.device, s.priority) for s in made] == [("cuda:0", -1)]
     assert log == [
         *("event of current", "own keys", "lane waits for event of current", "enter lane", "stages", "leave lane"),
         "current waits for lane",
     ]
+    log.clear()
+    with pytest.raises(RuntimeError, match="no memory"), lane.after(event):
+        raise RuntimeError("no memory")
+    assert log[-2:] == ["leave lane", "current waits for lane"]
