@@ -14,6 +14,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from magi_attention.comm.side_stream import side_stream
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -49,18 +51,16 @@ class PendingStep(Generic[T]):
 
 
 class EnqueuedStep(Generic[T]):
-    """Enqueued on a side stream.
+    """Enqueued on the stream beside the one that computes.
 
-    The caching allocator knows a tensor on the stream that it was allocated on only. What the step reads was allocated
-    on the stream that computes, and is held here until that stream has waited for the step. What the step allocates
-    belongs to the side stream, which waits for the stream that computes before the next step, and so before it writes
-    to memory that a result has left. Each stream that computes has its own side stream. So ``record_stream`` is not
-    needed, as long as a step is waited for on the stream on which it was started.
+    What the step reads is held here until that stream has waited for the step; the next step begins behind it. So
+    ``record_stream`` is not needed, see :func:`~magi_attention.comm.side_stream.side_stream`, as long as a step is
+    waited for on the stream on which it was started.
     """
 
     def __init__(self, step: Callable[[], T], device: torch.device) -> None:
         computing = torch.cuda.current_stream(device)
-        side = _side_stream(computing)
+        side = side_stream(computing)
         side.wait_stream(computing)
         with torch.cuda.stream(side):
             self._result = step()
@@ -71,9 +71,3 @@ class EnqueuedStep(Generic[T]):
         """The step's result, once the current stream reaches it."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
         return self._result
-
-
-@cache
-def _side_stream(computing: torch.cuda.Stream) -> torch.cuda.Stream:
-    # First to get the multiprocessors that become free.
-    return torch.cuda.Stream(computing.device, priority=computing.priority - 1)

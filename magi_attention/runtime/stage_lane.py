@@ -8,9 +8,10 @@ stage ends with fewer programs than multiprocessors, and while the last gradient
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
+
+from magi_attention.comm.side_stream import side_stream
 
 
 class StageLane:
@@ -30,18 +31,13 @@ class StageLane:
 
 
 class StageStream(StageLane):
-    """A stream beside the current one.
-
-    The caching allocator knows a tensor on the stream that it was allocated on only. What the lane reads of the current
-    stream must be held until that goes on. What is allocated on the lane may be read on the current stream after that:
-    its memory goes to the lane again, which begins behind the current stream next time.
-    """
+    """A stream beside the current one: see :func:`~magi_attention.comm.side_stream.side_stream`."""
 
     overlaps = True
 
     def __init__(self, device: torch.device) -> None:
         self._current = torch.cuda.current_stream(device)
-        self._lane = _lane_beside(self._current)
+        self._lane = side_stream(self._current)
 
     def now(self) -> torch.cuda.Event:
         """See :meth:`StageLane.now`."""
@@ -58,8 +54,3 @@ class StageStream(StageLane):
         finally:
             # Behind an error, too: what the lane still does must not meet memory that is given away.
             self._current.wait_stream(self._lane)
-
-
-@cache
-def _lane_beside(computing: torch.cuda.Stream) -> torch.cuda.Stream:
-    return torch.cuda.Stream(computing.device, priority=computing.priority - 1)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from magi_attention.comm import chain as chain_module
 from magi_attention.comm.chain import chain
+from magi_attention.comm.side_stream import side_stream
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -53,9 +53,9 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeStream]]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream.current)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    chain_module._side_stream.cache_clear()
+    side_stream.cache_clear()
     yield FakeStream
-    chain_module._side_stream.cache_clear()
+    side_stream.cache_clear()
 
 
 def test_on_cuda_the_step_is_enqueued_at_once_beside_the_computation(streams: type[FakeStream]) -> None:

@@ -55,7 +55,7 @@ def test_a_stream_beside_the_current_one(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "Stream", make)
     monkeypatch.setattr(torch.cuda, "stream", inside)
-    monkeypatch.setattr(stage_lane, "_lane_beside", stage_lane._lane_beside.__wrapped__)
+    monkeypatch.setattr(stage_lane, "side_stream", stage_lane.side_stream.__wrapped__)
     lane = StageStream(torch.device("cuda:0"))
     event = lane.now()
     log.append("own keys")
