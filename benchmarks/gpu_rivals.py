@@ -46,10 +46,10 @@ def magi(case: Case, device: str, engine: str, deterministic: bool = False) -> C
     q_ranges, k_ranges, types = case.mask.to_ranges()
     ranges = [x.to_tensor(device) for x in (q_ranges, k_ranges)]
     codes = torch.tensor([t.to_int_type() for t in types], dtype=torch.int32, device=device)
+    options = {"attn_type_map": codes, "engine": engine, "deterministic": deterministic}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = {"engine": engine, "deterministic": deterministic}
-        return flex_flash_attn_func(q, k, v, *ranges, attn_type_map=codes, **options)[0]
+        return flex_flash_attn_func(q, k, v, *ranges, **options)[0]
 
     return Contender(attend)
 

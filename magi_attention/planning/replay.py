@@ -59,7 +59,8 @@ class Clock:
     def wait(self, until: FloatArray) -> None:
         """No rank goes on before a time; meanwhile it computes with own keys that are left."""
         arrival = np.maximum(self.ranks, until[..., None])
-        self.attend_own(np.minimum(self.own_left, arrival - self.ranks))
+        if self.own_left.any():
+            self.attend_own(np.minimum(self.own_left, arrival - self.ranks))
         self.ranks = arrival
 
     def attend_own(self, seconds: FloatArray) -> None:
@@ -83,9 +84,9 @@ def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
     if num_stages:
         upcoming = clock.transfer("cast", 0, costs.casts[0])
         clock.wait(np.where(blocking, upcoming, 0.0))
-    fills = ~np.asarray(blocking)[..., None] & (costs.reduces is not None and num_stages > 0)
-    clock.attend(None, np.where(fills, 0.0, costs.local))
-    clock.own_left = np.where(fills, costs.local, 0.0) + clock.own_left
+    clock.own_left += costs.local
+    at_once = np.asarray(blocking)[..., None] | (costs.reduces is None or num_stages == 0)
+    clock.attend_own(np.where(at_once, clock.own_left, 0.0))
     homeward: FloatArray | None = None
     for stage in range(num_stages):
         current = upcoming

@@ -102,6 +102,8 @@ def report_times(timeline: PassTimeline) -> list[RankTimes]:
         both_end = np.minimum.outer(computing[:, 1], travelling[:, 1])
         both_start = np.maximum.outer(computing[:, 0], travelling[:, 0])
         exposed -= float(np.maximum(both_end - both_start, 0).sum())
-        return RankTimes(compute, exposed, timeline.seconds - compute - exposed)
+        # Differences of times: below zero by rounding, now and then.
+        exposed = max(exposed, 0.0)
+        return RankTimes(compute, exposed, max(timeline.seconds - compute - exposed, 0.0))
 
     return [on_rank(rank) for rank in range(timeline.cp_size)]

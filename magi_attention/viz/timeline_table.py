@@ -22,7 +22,6 @@ def timeline_table(timeline: Timeline) -> Table:
     for name in ("rank", "forward\ncompute", "\nexposed", "\nidle", "backward\ncompute", "\nexposed", "\nidle"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, times in enumerate(zip(forward, backward, strict=True)):
-        # Differences of times: below zero by rounding, now and then.
         seconds = (part for of_pass in times for part in (of_pass.compute, of_pass.exposed, of_pass.idle))
-        table.add_row(f"{'* ' if rank == slowest else ''}{rank}", *(f"{max(part, 0.0) * 1e3:.3f}" for part in seconds))
+        table.add_row(f"{'* ' if rank == slowest else ''}{rank}", *(f"{part * 1e3:.3f}" for part in seconds))
     return table
