@@ -256,8 +256,9 @@ def test_a_gradient_that_is_not_there_is_zero(engine: Engine, name: str) -> None
     check_bound(run_engine(engine, without), problem)
 
 
-def test_deterministic_results_repeat_bit_by_bit(engine: Engine) -> None:
-    problem = problem_on_gpu(engine, named_masks(1024)["varlen causal"], heads=(8, 1), head_dim=128).with_sink()
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_deterministic_results_repeat_bit_by_bit(engine: Engine, head_dim: int) -> None:
+    problem = problem_on_gpu(engine, named_masks(1024)["varlen causal"], heads=(8, 1), head_dim=head_dim).with_sink()
     problem.params = replace(problem.params, deterministic=True)
     first, *others = (run_engine(engine, problem) for _ in range(5))
     check_bound(first, problem)

@@ -81,6 +81,7 @@ HOPPER_CASES = {
     "256": Case(256),
     "192, fp16, odd group, softcap, layered": Case(192, HALF, 3, 30.0, LAYERED),
     "256, parts, sink": Case(256, parts=True, sink=True),
+    "136, layered, parts": Case(136, mask=LAYERED, parts=True),
 }
 TRITON_CASES = {
     "64": Case(64, group=8, parts=True),
@@ -142,7 +143,7 @@ class NoDriver:
 
 def compile_case(engine: str, name: str) -> list[Compiled]:
     """Call all functions of an engine, but for the backward pass where its kernels are those of another case: with a
-    sink, and of the hopper engine where the triton engine's are taken."""
+    sink."""
     module, case = {"hopper": hopper, "triton": by_tiles}[engine], CASES[engine][name]
     heads_kv = 2
     q, dout = (torch.zeros(TOKENS, heads_kv * case.group, case.head_dim, dtype=case.dtype) for _ in range(2))
@@ -156,7 +157,7 @@ def compile_case(engine: str, name: str) -> list[Compiled]:
         state = module.forward(q, k, v, schedule, params, sink=sink)
         if case.parts:
             module.forward(q, k, v, schedule, params, state)
-        if case.sink or (module is hopper and hopper.by_tiles_backward(params, case.head_dim)):
+        if case.sink:
             return compiled
         out, lse = state.out, state.lse
         grads = module.start_backward(out, dout, lse, lse, params)

@@ -36,9 +36,15 @@ SPILLS: Numbers = {
     ("96, odd group, softcap, layered, parts", "forward_kernel SOFTCAP LAYERED PART=2"): (0, 24, 28, 32),
     ("96, odd group, softcap, layered, parts", "backward_kernel SOFTCAP LAYERED MEMBERS=3"): (516, 524, 488, 752),
     ("256", "forward_kernel PART=0"): (36, 36, 68, 136),
+    ("256", "wide_backward_kernel ADDS_UP MEMBERS=3"): (20, 24, 20, 28),
+    ("256", "wide_backward_kernel MEMBERS=6"): (80, 80, 84, 76),
     ("192, fp16, odd group, softcap, layered", "forward_kernel SOFTCAP LAYERED PART=0"): (48, 60, 80, 144),
+    ("192, fp16, odd group, softcap, layered", "wide_backward_kernel SOFTCAP LAYERED MEMBERS=3"): (80, 92, 72, 68),
     ("256, parts, sink", "forward_kernel PART=1"): (120, 152, 96, 168),
     ("256, parts, sink", "forward_kernel PART=2"): (88, 72, 60, 212),
+    ("136, layered, parts", "forward_kernel LAYERED PART=1"): (68, 76, 56, 148),
+    ("136, layered, parts", "forward_kernel LAYERED PART=2"): (32, 32, 56, 112),
+    ("136, layered, parts", "wide_backward_kernel LAYERED MEMBERS=6"): (76, 72, 80, 56),
 }
 
 # How often a thread may access them in a loop over tiles that are whole.
@@ -47,14 +53,18 @@ IN_HOT_LOOPS: Numbers = {
     ("128", "backward_kernel ADDS_UP MEMBERS=3"): (0, 0, 0, 18),
     ("128", "backward_kernel MEMBERS=6"): (0, 0, 0, 18),
     ("256", "forward_kernel PART=0"): (0, 0, 0, 0),
+    ("256", "wide_backward_kernel ADDS_UP MEMBERS=3"): (0, 0, 0, 0),
+    ("256", "wide_backward_kernel MEMBERS=6"): (0, 0, 0, 0),
     ("192, fp16, odd group, softcap, layered", "forward_kernel SOFTCAP LAYERED PART=0"): (0, 0, 0, 0),
+    ("192, fp16, odd group, softcap, layered", "wide_backward_kernel SOFTCAP LAYERED MEMBERS=3"): (0, 0, 0, 0),
     ("256, parts, sink", "forward_kernel PART=2"): (0, 0, 0, 0),
 }
 
 
 def products(case: str, kernel: str) -> int:
     """Instructions a tile: each sums over 16."""
-    return 32 if kernel.startswith("backward") else 16 if case == "128" else 20
+    name = kernel.split()[0]
+    return {"wide_backward_kernel": 48, "backward_kernel": 32}.get(name, 16 if case == "128" else 20)
 
 
 @each_release

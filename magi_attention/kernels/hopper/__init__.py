@@ -3,9 +3,8 @@
 :class:`magi_attention.kernels.engine.Engine` specifies its functions. Triton is imported at the first call of one that
 computes, not with this package.
 
-The backward pass is that of the triton engine where :func:`by_tiles_backward` says so: with ``deterministic``, since
-gradients of queries are added up here by reductions in memory, in whatever order programs come to them, and for a
-head_dim above 128, for which there is no kernel here.
+With ``deterministic`` the backward pass is that of the triton engine, since gradients of queries are added up here by
+reductions in memory, in whatever order programs come to them.
 """
 
 import importlib.util
@@ -36,7 +35,6 @@ name = "hopper"
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-MAX_BACKWARD_HEAD_DIM = 128
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -80,14 +78,9 @@ def forward(
     return state
 
 
-def by_tiles_backward(params: AttnParams, head_dim: int) -> bool:
-    """Whether the backward pass is that of the triton engine."""
-    return params.deterministic or head_dim > MAX_BACKWARD_HEAD_DIM
-
-
 def adds_in_any_order(params: AttnParams, head_dim: int) -> bool:
     """See :meth:`magi_attention.kernels.engine.Engine.adds_in_any_order`."""
-    return not by_tiles_backward(params, head_dim)
+    return not params.deterministic
 
 
 def start_backward(
@@ -98,7 +91,7 @@ def start_backward(
     params: AttnParams,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.engine.Engine.start_backward`."""
-    if by_tiles_backward(params, out.shape[2]):
+    if params.deterministic:
         return by_tiles.start_backward(out, dout, lse, dlse, params)
     from magi_attention.kernels.hopper.launch import tile_dim
     from magi_attention.kernels.hopper.row_kernels import launch_start
@@ -118,7 +111,7 @@ def backward(
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`magi_attention.kernels.engine.Engine.backward`."""
-    if by_tiles_backward(params, q.shape[2]):
+    if params.deterministic:
         return by_tiles.backward(grads, q, k, v, schedule.by_tiles, params, dtype)
     from magi_attention.kernels.hopper.launch import launch_backward
 
@@ -129,7 +122,7 @@ def backward(
 
 def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
     """See :meth:`magi_attention.kernels.engine.Engine.sink_grad`."""
-    if by_tiles_backward(params, grads.dout.shape[2]):
+    if params.deterministic:
         return by_tiles.sink_grad(grads, sink, params)
     probs = torch.exp2(sink.float()[:, None] / math.log(2) + grads.lse)  # lse and delta are negative here
     return probs.mul_(grads.delta).sum(1).to(sink.dtype)
@@ -137,7 +130,7 @@ def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torc
 
 def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:
     """See :meth:`magi_attention.kernels.engine.Engine.finish_backward`."""
-    if by_tiles_backward(params, grads.dout.shape[2]):
+    if params.deterministic:
         return by_tiles.finish_backward(grads, params, dtype)
     from magi_attention.kernels.hopper.row_kernels import launch_finish
 

@@ -21,92 +21,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.gluon_compat import add_tile, load_tile
+from magi_attention.kernels.hopper.backward_roles import KEYS, Rings, consume_items, mma_layout, produce
+from magi_attention.kernels.hopper.gluon_compat import add_tile
 from magi_attention.kernels.hopper.pipeline import (
     ROW_BEGINS_INSIDE,
     ROW_ENDS_INSIDE,
-    add_rows,
     columns_before,
     exp2,
-    find_turns,
-    load_entry,
-    load_intervals,
-    load_item,
     make_ring,
     side_by_side,
-    store_rows,
     tanh,
 )
 
-KEYS = gl.constexpr(64)  # of a consumer
-
-
-@gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_queries, rings,
-    GROUP: gl.constexpr, MEMBERS: gl.constexpr,
-):  # fmt: skip
-    BLOCK_Q: gl.constexpr = q_desc.block_type.shape[0]
-    STAGES: gl.constexpr = rings.q.full.shape[0]
-    turns = find_turns(walk)
-    turn = 0
-    tile = 0
-    item = load_item(walk, turns, 0, False)
-    while item.exists:
-        # Items and entries are read one ahead, so that nothing waits for them.
-        after = load_item(walk, turns, turn + 1, False)
-        query, run, _ = load_entry(walk, item.entry)
-        head_kv = item.head * MEMBERS // GROUP
-        mbarrier.wait(rings.k.empty.index(0), (turn & 1) ^ 1)
-        mbarrier.expect(rings.k.full.index(0), 2 * k_desc.block_type.nbytes)
-        for consumer in gl.static_range(2):
-            load_tile(
-                k_desc, [item.row + consumer * KEYS, head_kv, 0], rings.k.full.index(0), rings.k.tiles.index(consumer)
-            )
-        mbarrier.wait(rings.v.empty.index(0), (turn & 1) ^ 1)
-        mbarrier.expect(rings.v.full.index(0), 2 * v_desc.block_type.nbytes)
-        for consumer in gl.static_range(2):
-            load_tile(
-                v_desc, [item.row + consumer * KEYS, head_kv, 0], rings.v.full.index(0), rings.v.tiles.index(consumer)
-            )
-        for member in range(MEMBERS):
-            head = item.head * MEMBERS + member
-            entry = item.entry
-            left = item.tiles
-            while left > 0:
-                left -= run
-                entry = gl.where(left > 0, entry + 1, item.entry)
-                next_query, next_run, _ = load_entry(walk, entry)
-                for _ in range(run):
-                    stage = tile % STAGES
-                    free = ((tile // STAGES) & 1) ^ 1
-                    term = head * num_queries + query
-                    q_full = rings.q.full.index(stage)
-                    mbarrier.wait(rings.q.empty.index(stage), free)
-                    mbarrier.expect(q_full, q_desc.block_type.nbytes + BLOCK_Q * 4)
-                    load_tile(q_desc, [query, head, 0], q_full, rings.q.tiles.index(stage))
-                    load_tile(lse_desc, [term], q_full, rings.lse.index(stage))
-                    dout_full = rings.dout.full.index(stage)
-                    mbarrier.wait(rings.dout.empty.index(stage), free)
-                    mbarrier.expect(dout_full, dout_desc.block_type.nbytes + BLOCK_Q * 4)
-                    load_tile(dout_desc, [query, head, 0], dout_full, rings.dout.tiles.index(stage))
-                    load_tile(delta_desc, [term], dout_full, rings.delta.index(stage))
-                    query -= BLOCK_Q
-                    tile += 1
-                query, run = next_query, next_run
-        turn += 1
-        item = after
-
-
-class Rings(NamedTuple):
-    """What the producer brings: k and v once for a window, the others for each tile, lse with q and delta with dout."""
-
-    k: Any
-    v: Any
-    q: Any
-    dout: Any
-    lse: Any
-    delta: Any
+STAGES = gl.constexpr(2)  # of q and of dout
 
 
 class DqOut(NamedTuple):
@@ -116,11 +43,6 @@ class DqOut(NamedTuple):
     ds_full: Any
     tiles: Any
     desc: Any
-
-
-@gluon.constexpr_function
-def mma_layout(columns):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.jit
@@ -142,15 +64,14 @@ def multiply_ds(ds_tiles, k_ring, buffer, CONSUMER: gl.constexpr, layout: gl.con
 
 @gluon.jit
 def next_tile(
-    dk, dv, k_tile, v_tile, rings, dq_out, tile, query, head, starts, ends, flags, scales,
+    dk, dv, rings, dq_out, tile, query, head, starts, ends, flags, scales,
     CONSUMER: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: their part of ``dk`` and ``dv``, and this consumer's half of their ``dq``."""
-    D: gl.constexpr = k_tile.shape[1]
+    D: gl.constexpr = rings.k.tiles.shape[3]
     BLOCK_Q: gl.constexpr = rings.q.tiles.shape[1]
-    STAGES: gl.constexpr = rings.q.full.shape[0]
     SPLIT_QUERIES: gl.constexpr = BLOCK_Q == 128
-    dtype: gl.constexpr = k_tile.dtype
+    dtype: gl.constexpr = rings.k.tiles.dtype
     s_layout: gl.constexpr = mma_layout(BLOCK_Q)
     dq_layout: gl.constexpr = mma_layout(D if SPLIT_QUERIES else D // 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
@@ -159,6 +80,8 @@ def next_tile(
     stage = tile % STAGES
     phase = (tile // STAGES) & 1
     buffer = tile & 1
+    k_tile = rings.k.tiles.index(CONSUMER).reshape([KEYS, D])
+    v_tile = rings.v.tiles.index(CONSUMER).reshape([KEYS, D])
     q_tile = rings.q.tiles.index(stage).reshape([BLOCK_Q, D])
     dout_tile = rings.dout.tiles.index(stage).reshape([BLOCK_Q, D])
     mbarrier.wait(rings.q.full.index(stage), phase)
@@ -228,75 +151,11 @@ def consume(
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
-    D: gl.constexpr = rings.k.tiles.shape[3]
-    BLOCK_Q: gl.constexpr = rings.q.tiles.shape[1]
-    acc_layout: gl.constexpr = mma_layout(D)
     dq_out = DqOut(ds_tiles, ds_full, dq_tiles, dq_desc)
-    keys: gl.constexpr = gl.SliceLayout(1, mma_layout(BLOCK_Q))
-    k_tile = rings.k.tiles.index(CONSUMER).reshape([KEYS, D])
-    v_tile = rings.v.tiles.index(CONSUMER).reshape([KEYS, D])
-
-    turn = 0
-    tile = 0
-    item = load_item(walk, find_turns(walk), 0, False)
-    while item.exists:
-        key, live = item.row + CONSUMER * KEYS, item.rows - CONSUMER * KEYS
-        query, run, code = load_entry(walk, item.entry)
-        starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
-        # Keys behind the window's end belong to other windows: here they must not add to dq.
-        ragged = gl.where(live < KEYS, ROW_ENDS_INSIDE, 0)
-        dk = gl.zeros([KEYS, D], gl.float32, acc_layout)
-        dv = gl.zeros([KEYS, D], gl.float32, acc_layout)
-        mbarrier.wait(rings.k.full.index(0), turn & 1)
-        mbarrier.wait(rings.v.full.index(0), turn & 1)
-        for member in range(MEMBERS):
-            head = item.head * MEMBERS + member
-            entry = item.entry
-            left = item.tiles
-            while left > 0:
-                left -= run
-                entry = gl.where(left > 0, entry + 1, item.entry)
-                next_query, next_run, next_code = load_entry(walk, entry)
-                flags = (code & 3) | ragged
-                # Two loops, so that the one for whole tiles has no branch.
-                if flags == 0:
-                    for _ in range(run):
-                        dk, dv = next_tile(
-                            dk, dv, k_tile, v_tile, rings, dq_out, tile, query, head, starts, ends, flags, scales,
-                            CONSUMER, False, SOFTCAP,
-                        )  # fmt: skip
-                        query -= BLOCK_Q
-                        tile += 1
-                else:
-                    for _ in range(run):
-                        dk, dv = next_tile(
-                            dk, dv, k_tile, v_tile, rings, dq_out, tile, query, head, starts, ends, flags, scales,
-                            CONSUMER, True, SOFTCAP,
-                        )  # fmt: skip
-                        query -= BLOCK_Q
-                        tile += 1
-                query, run, code = next_query, next_run, next_code
-                if LAYERED:
-                    starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
-        mbarrier.arrive(rings.k.empty.index(0), count=1)
-        head_kv = item.head * MEMBERS // GROUP
-        turn += 1
-        # The turns are found again, so that no registers hold them beside dk and dv.
-        after = load_item(walk, find_turns(walk), turn, False)
-        if ADDS_UP:
-            mbarrier.arrive(rings.v.empty.index(0), count=1)
-            if live > 0:
-                add_rows(dv, dv_desc, dq_tiles.index(CONSUMER), key, head_kv)
-                add_rows(dk * scales.product, dk_desc, dq_tiles.index(CONSUMER), key, head_kv)
-        else:
-            v_buffer = rings.v.tiles.index(CONSUMER)
-            if live > 0:
-                store_rows(dv, dv_rows, dv_desc, v_buffer, key, head_kv, live, HEAD_DIM)
-                store_rows(dk * scales.product, dk_rows, dk_desc, v_buffer, key, head_kv, live, HEAD_DIM)
-            tma.store_wait(0)
-            mbarrier.arrive(rings.v.empty.index(0), count=1)
-        item = after
-    tma.store_wait(0)
+    consume_items(
+        next_tile, dq_out, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
+        CONSUMER, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED, False,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -319,7 +178,6 @@ def backward_kernel(
     MEMBERS: gl.constexpr,
     ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
@@ -358,7 +216,10 @@ def backward_kernel(
             ),
             (
                 produce,
-                (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_queries, rings, GROUP, MEMBERS),
+                (
+                    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, walk, num_queries, rings,
+                    GROUP, MEMBERS, False,
+                ),
             ),
         ],
         [4, 1],

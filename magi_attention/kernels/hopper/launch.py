@@ -14,6 +14,7 @@ from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSche
 from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
 from magi_attention.kernels.hopper.pipeline import WalkArgs
 from magi_attention.kernels.hopper.row_kernels import launch_finish
+from magi_attention.kernels.hopper.wide_backward_kernel import wide_backward_kernel
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.kernels.query_grads import QueryGrads
@@ -26,6 +27,7 @@ KEYS_IN_CACHE = 32 << 20
 # Registers on entry, before the roles take their own share.
 _forward = Launcher(forward_kernel, num_warps=4, maxnreg=168)
 _backward = Launcher(backward_kernel, num_warps=4, maxnreg=168)
+_wide_backward = Launcher(wide_backward_kernel, num_warps=4, maxnreg=168)
 
 
 class ForwardShape(NamedTuple):
@@ -49,6 +51,28 @@ FORWARD_SHAPES = {
     64: ForwardShape(block_k=128, stages=4, q_stages=2, out_columns=64),
     128: ForwardShape(block_k=128, stages=2, q_stages=2, out_columns=128),
     256: ForwardShape(block_k=64, stages=2, q_stages=1, out_columns=128),
+}
+
+
+class BackwardShape(NamedTuple):
+    """How a backward kernel divides its work.
+
+    Attributes:
+        block_k: Keys of an item.
+        block_q: Queries of a tile.
+        columns: Dimensions of a tile in shared memory.
+    """
+
+    block_k: int
+    block_q: int
+    columns: int
+
+
+# By the dimensions of a tile. Of 256, the sums of 64 keys take 128 registers a thread: each consumer has half of them.
+BACKWARD_SHAPES = {
+    64: BackwardShape(block_k=128, block_q=128, columns=64),
+    128: BackwardShape(block_k=128, block_q=64, columns=128),
+    256: BackwardShape(block_k=64, block_q=64, columns=128),
 }
 
 
@@ -166,13 +190,14 @@ def launch_backward(
         dv.zero_()
         return
     sizes = Sizes.of(q, k)
-    block_q = 64 if sizes.dim == 128 else 128
-    walk = schedule.by_keys(2 * CONSUMER_ROWS, block_q, q.device)
+    shape = BACKWARD_SHAPES[sizes.dim]
+    walk = schedule.by_keys(shape.block_k, shape.block_q, q.device)
     programs = num_programs(q.device, params)
     members, most_tiles = backward_items(walk, sizes.heads_kv, sizes.group, programs)
     if most_tiles is not None:
-        walk = walk.in_pieces(most_tiles, block_q)
+        walk = walk.in_pieces(most_tiles, shape.block_q)
     adds_up = members < sizes.group or most_tiles is not None
+    q_tile, k_tile = (shape.block_q, 1, shape.columns), (CONSUMER_ROWS, 1, shape.columns)
     sums: Sequence[torch.Tensor] | None = None
     if adds_up:
         if dk.dtype == torch.float32 and sizes.head_dim == sizes.dim:
@@ -181,21 +206,21 @@ def launch_backward(
             sums = torch.zeros(2, *dk.shape[:2], sizes.dim, dtype=torch.float32, device=k.device).unbind()
         k_descs: list[Tiles | None] = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
     else:
-        k_descs = [tiles(x, (CONSUMER_ROWS, 1, sizes.dim)) if x.dtype == k.dtype else None for x in results]
+        k_descs = [tiles(x, k_tile) if x.dtype == k.dtype else None for x in results]
     shares = sizes.heads_kv * sizes.group // members
     heads = heads_at_a_time(shares, 8 * num_rows * sizes.dim)
     # A program a batch starts the next batch wherever one ends first; but all multiprocessors get some.
     batch = None if params.sm_margin else max(1, BACKWARD_BATCH // members)
     args = walk_args(walk, len(walk.windows), heads, shares, programs, batch)
-    q_tile, k_tile = (block_q, 1, sizes.dim), (CONSUMER_ROWS, 1, sizes.dim)
-    _backward(
+    launcher = _wide_backward if sizes.dim == 256 else _backward
+    launcher(
         grid(args, programs),
         tiles(copyable(q), q_tile),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
         tiles(copyable(grads.dout), q_tile),
-        tiles(grads.lse.view(-1), (block_q,)),
-        tiles(grads.delta.view(-1), (block_q,)),
+        tiles(grads.lse.view(-1), (shape.block_q,)),
+        tiles(grads.delta.view(-1), (shape.block_q,)),
         tiles(grads.dq.view(num_rows, -1), (64, 64)),
         *k_descs,
         grads.lse.shape[1],
@@ -207,7 +232,6 @@ def launch_backward(
         MEMBERS=members,
         ADDS_UP=adds_up,
         HEAD_DIM=sizes.head_dim,
-        STAGES=2,
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
     )

@@ -230,12 +230,11 @@ def split_columns(result, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def add_rows(result, x_desc, buffer, row, head):
+def add_rows(result, x_desc, buffer, row, column):
     """Add a tile of results to memory by bulk reductions, 64 columns at a time."""
-    D: gl.constexpr = result.shape[1]
     blocks = split_columns(result, 64)
-    for n in gl.static_range(D // 64):
+    for n in gl.static_range(result.shape[1] // 64):
         tma.store_wait(0)
         buffer.store(blocks[n])
         fence_async_shared()
-        add_tile(x_desc, [row, head * D + n * 64], buffer)
+        add_tile(x_desc, [row, column + n * 64], buffer)
