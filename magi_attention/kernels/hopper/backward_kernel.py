@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.backward_roles import KEYS, Rings, consume_items, mma_layout, produce
+from magi_attention.kernels.hopper.backward_roles import KEYS, Rings, consume_items, hidden_zero, mma_layout, produce
 from magi_attention.kernels.hopper.gluon_compat import add_tile
 from magi_attention.kernels.hopper.pipeline import (
     ROW_BEGINS_INSIDE,
@@ -46,14 +46,14 @@ class DqOut(NamedTuple):
 
 
 @gluon.jit
-def multiply_ds(ds_tiles, k_ring, buffer, CONSUMER: gl.constexpr, layout: gl.constexpr):
+def multiply_ds(ds_tiles, key_tiles, buffer, zero, CONSUMER: gl.constexpr, layout: gl.constexpr):
     """Start this consumer's half of dS k: half of the queries where there are 128, else half of the dimensions."""
-    D: gl.constexpr = k_ring.tiles.shape[3]
+    D: gl.constexpr = key_tiles.shape[3]
     BLOCK_Q: gl.constexpr = ds_tiles.shape[2]
     dq = gl.zeros([64, D if BLOCK_Q == 128 else D // 2], gl.float32, layout)
     for part in gl.static_range(2):
         ds = ds_tiles.index(buffer * 2 + part).permute((1, 0))
-        k = k_ring.tiles.index(part).reshape([KEYS, D])
+        k = key_tiles.index(zero + part).reshape([KEYS, D])
         if BLOCK_Q == 128:
             ds = ds.slice(CONSUMER * 64, 64, dim=0)
         else:
@@ -80,8 +80,9 @@ def next_tile(
     stage = tile % STAGES
     phase = (tile // STAGES) & 1
     buffer = tile & 1
-    k_tile = rings.k.tiles.index(CONSUMER).reshape([KEYS, D])
-    v_tile = rings.v.tiles.index(CONSUMER).reshape([KEYS, D])
+    zero = hidden_zero(tile)
+    k_tile = rings.k.tiles.index(zero + CONSUMER).reshape([KEYS, D])
+    v_tile = rings.v.tiles.index(zero + CONSUMER).reshape([KEYS, D])
     q_tile = rings.q.tiles.index(stage).reshape([BLOCK_Q, D])
     dout_tile = rings.dout.tiles.index(stage).reshape([BLOCK_Q, D])
     mbarrier.wait(rings.q.full.index(stage), phase)
@@ -112,7 +113,7 @@ def next_tile(
     mbarrier.arrive(dq_out.ds_full.index(buffer), count=1)
     ds_operand = gl.convert_layout(ds_low, p_layout)
     mbarrier.wait(dq_out.ds_full.index(buffer), (tile // 2) & 1)
-    dq = multiply_ds(dq_out.ds_tiles, rings.k, buffer, CONSUMER, dq_layout)
+    dq = multiply_ds(dq_out.ds_tiles, rings.k.tiles, buffer, zero, CONSUMER, dq_layout)
     dk = warpgroup_mma(ds_operand, q_tile, dk, is_async=True)
     dv, p_low = warpgroup_mma_wait(3, deps=[dv, p_low])
     mbarrier.arrive(rings.dout.empty.index(stage), count=1)

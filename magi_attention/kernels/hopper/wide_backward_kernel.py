@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.backward_roles import KEYS, Rings, consume_items, mma_layout, produce
+from magi_attention.kernels.hopper.backward_roles import KEYS, Rings, consume_items, hidden_zero, mma_layout, produce
 from magi_attention.kernels.hopper.pipeline import (
     ROW_BEGINS_INSIDE,
     ROW_ENDS_INSIDE,
@@ -87,8 +87,7 @@ def next_tile(
     s_layout: gl.constexpr = mma_layout(SCORED)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     stage = tile % STAGES
-    # 0, but the compiler does not know: it would keep the places of operands that never move in registers, and spill.
-    zero = tile >> 30
+    zero = hidden_zero(tile)
     mbarrier.wait(rings.q.full.index(stage), (tile // STAGES) & 1)
     s = multiply_keys(rings.k.tiles, rings.q.tiles, zero, stage, CONSUMER, s_layout)
     mbarrier.wait(rings.dout.full.index(zero), tile & 1)
