@@ -106,7 +106,7 @@ class Pack:
                 seconds[:, rank] = times.passes[way].seconds_in_whole
             else:
                 seconds[attends, rank] *= times.passes[way].attend / max(seconds[attends, rank].sum(), 1e-12)
-        own_keys_fill = way == BACKWARD and len(journey.work.part_areas) > 1
+        own_keys_fill = self.plan.own_keys_fill & (way == BACKWARD and len(journey.work.part_areas) > 1)
         return replay(loop.steps, seconds, journey.wires[way], own_keys_fill)
 
 

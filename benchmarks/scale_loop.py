@@ -165,7 +165,10 @@ def loop_of(num_stages: int, grad_wire_dtype: GradWireDtype = "float32") -> tupl
 
 
 def replay(
-    steps: Sequence[Step], seconds: NDArray[np.float64], wire_seconds: Sequence[float], own_keys_fill: bool = False
+    steps: Sequence[Step],
+    seconds: NDArray[np.float64],
+    wire_seconds: Sequence[float],
+    own_keys_fill: NDArray[np.bool_] | bool = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How long ranks take, and how much of it they wait.
 
@@ -177,7 +180,7 @@ def replay(
         seconds: Of each step on each rank, ``(len(steps), num_ranks)``.
         wire_seconds: Of each transfer.
         own_keys_fill: Whether a rank computes with its own keys whenever it would wait, and with what is left of them
-            before the engine is done with the pass. Else it computes with them at once.
+            before the engine is done with the pass, ``(num_ranks,)`` or for all. Else it computes with them at once.
     """
     clock, waited, own_left = np.zeros((3, seconds.shape[1]))
     wire_free = 0.0
@@ -189,8 +192,9 @@ def replay(
             wait = np.maximum(arrival[step.number] - clock, 0)
             filled = np.minimum(wait, own_left)
             clock, waited, own_left = clock + wait, waited + wait - filled, own_left - filled
-        elif own_keys_fill and (step.kind, step.number) == ("attend", 0):
-            own_left = step_seconds
+        elif (step.kind, step.number) == ("attend", 0):
+            own_left = np.where(own_keys_fill, step_seconds, 0.0)
+            clock = clock + (step_seconds - own_left)
         elif step.kind == "whole":
             clock, own_left = clock + own_left + step_seconds, np.zeros_like(own_left)
         else:

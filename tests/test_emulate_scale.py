@@ -187,6 +187,9 @@ def test_own_keys_fill_the_time_of_transfers() -> None:
     for fills, end, waited in ((True, 11.0, 2.5), (False, 13.0, 4.5)):
         clock, waits = loop.replay(steps, seconds, [4.0, 5.0], fills)
         assert (clock.tolist(), waits.tolist()) == ([end], [waited])
+    # A rank that computes with them at once is five seconds late for the second transfer, and both wait for it.
+    clock, waits = loop.replay(steps, seconds.repeat(2, axis=1), [4.0, 5.0], np.array([True, False]))
+    assert (clock.tolist(), waits.tolist()) == ([13.0, 13.0], [4.5, 4.5])
 
 
 def test_attention_takes_what_is_left_of_the_whole() -> None:

@@ -1,13 +1,16 @@
 """AttnPlan: who computes what and who sends what, for all ranks."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, relocate
 from magi_attention.planning.chunking import ChunkWork, check_pad_size
+from magi_attention.planning.density import own_keys_fill
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.key_dispatch import dispatch_keys
 from magi_attention.planning.load_balance import contiguous, min_heap, zigzag
@@ -52,6 +55,14 @@ class AttnPlan:
         """Whether rows are waited for before anything is computed (overlap degree 0)."""
         return is_blocking(self.config.overlap_config, self.overlap_choice)
 
+    @cached_property
+    def own_keys_fill(self) -> NDArray[np.bool_]:
+        """On which ranks own keys fill what stages leave in the backward pass, if the engine allows it, ``(cp_size,)``.
+
+        See :mod:`magi_attention.planning.density`. On none, where rows are waited for before anything is computed.
+        """
+        return own_keys_fill(self.work, self.dispatch) & (not self.blocking)
+
     @property
     def cp_size(self) -> int:
         """Number of ranks."""
@@ -81,6 +92,7 @@ class AttnPlan:
             rank,
             relocate(rank_bands, local_rows, own_keys),
             tuple(stages),
+            bool(self.own_keys_fill[rank]),
             self.sources,
             self.dispatch_of,
             self.overlap_choice,

@@ -4,7 +4,7 @@ Seconds are made by additions, products and maxima only, element by element, whi
 that choose stages by them choose the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from magi_attention.config import CostModel, GradWireDtype
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, crop, shift
 from magi_attention.planning.chunking import ChunkWork
+from magi_attention.planning.density import own_keys_fill
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.load_balance import rank_areas
 from magi_attention.planning.routing import Routes
@@ -32,6 +33,7 @@ class StageWork:
         queries: About how many queries attend these rows, and never less than do, ``(num_stages, cp_size)``.
         received: Rows that arrive, ``(num_stages, cp_size)``.
         sent: Rows that leave, a row once for every rank it goes to, ``(num_stages, cp_size)``.
+        own_keys_fill: Where own keys fill what stages leave in the backward pass, ``(cp_size,)``.
     """
 
     local_areas: IntArray
@@ -39,6 +41,7 @@ class StageWork:
     queries: IntArray
     received: IntArray
     sent: IntArray
+    own_keys_fill: NDArray[np.bool_]
 
     @classmethod
     def measure(cls, mask: AttnMask, work: ChunkWork, dispatch: DispatchPlan, routes: Routes) -> "StageWork":
@@ -69,6 +72,7 @@ class StageWork:
             queries=np.minimum(by_stage(group[by_band[first]], rows), dispatch.local_seqlens),
             received=by_stage(arriving.group, arriving.lengths),
             sent=by_stage(routes.owner * num_stages + routes.stage, routes.rows),
+            own_keys_fill=own_keys_fill(work, dispatch),
         )
 
     def split(self, parts: IntArray, whole: int) -> "StageWork":
@@ -83,6 +87,7 @@ class StageWork:
             queries=self.queries * (parts[:, None] > 0),
             received=share(self.received),
             sent=share(self.sent),
+            own_keys_fill=self.own_keys_fill,
         )
 
 
@@ -95,12 +100,15 @@ class PassCosts:
         stages: Attention with the rows of a stage, and merging it into what was there, ``(num_stages, ..., cp_size)``.
         casts: Sending a stage's keys and values, as long as the slowest rank takes, ``(num_stages, ...)``.
         reduces: Sending home a stage's dK and dV, the same; None in the forward pass.
+        own_keys_fill: Whether a rank computes with its own keys when it would wait, in place of at once,
+            ``(cp_size,)`` or for all.
     """
 
     local: FloatArray
     stages: FloatArray
     casts: FloatArray
     reduces: FloatArray | None
+    own_keys_fill: NDArray[np.bool_] | bool = False
 
     @classmethod
     def forward(cls, work: StageWork, model: CostModel) -> "PassCosts":
@@ -117,12 +125,12 @@ class PassCosts:
         per_cell = 10 * model.heads_q * model.head_dim / (model.backward_tflops * 1e12)
         stages = work.areas * per_cell + (work.areas > 0) * model.stage_overhead
         casts, reduces = (_collectives(work, model, size) for size in (model.element_bytes, grad_bytes))
-        return cls(work.local_areas * per_cell, stages, casts, reduces)
+        return cls(work.local_areas * per_cell, stages, casts, reduces, work.own_keys_fill)
 
     def take(self, stages: IntArray) -> "PassCosts":
         """The costs when the n-th stage is ``stages[n]``, an array of shape ``(num_stages, ...)``."""
         reduces = None if self.reduces is None else self.reduces[stages]
-        return PassCosts(self.local, self.stages[stages], self.casts[stages], reduces)
+        return replace(self, stages=self.stages[stages], casts=self.casts[stages], reduces=reduces)
 
 
 def grad_wire_bytes(dtype: GradWireDtype, model: CostModel) -> int:

@@ -40,6 +40,7 @@ class RankPlan:
         rank: This rank.
         local_bands: What the rank's queries attend among its own keys, in local rows.
         stages: The remote work, in order. Every rank has the same number of stages.
+        own_keys_fill: Whether own keys fill what stages leave in the backward pass, if the engine allows it.
         sources: Where queries and keys come from.
         dispatch_of: The mask that the queries' chunks were given to ranks for; None for ``mask`` itself.
         overlap_choice: Why there are as many stages as there are; None where the configuration says how many.
@@ -53,6 +54,7 @@ class RankPlan:
     rank: int
     local_bands: IntArray
     stages: tuple[StagePlan, ...]
+    own_keys_fill: bool
     sources: Sources = SELF_ATTENTION
     dispatch_of: AttnMask | None = None
     overlap_choice: OverlapChoice | None = None

@@ -2,8 +2,8 @@
 
 :func:`replay` is the loop of ``runtime/dist_attn.py``; a change there is a change here. What it assumes:
 
-* A rank computes one thing after the other, but that in the backward pass, unless rows are waited for before anything
-  is computed, its own keys fill the time in which it would wait, and come last for the rest.
+* A rank computes one thing after the other. But on some ranks in the backward pass, unless rows are waited for before
+  anything is computed, own keys fill the time in which the rank would wait, and come last for the rest.
 * A transfer is a collective of all ranks. It starts when every rank has reached it, since rows are packed where a rank
   computes, and ends, on all ranks alike, when the slowest has sent and received its rows.
 * Transfers run one after the other, in the order in which the loop posts them.
@@ -85,7 +85,7 @@ def replay(costs: PassCosts, blocking: NDArray[np.bool_] | bool) -> Clock:
         upcoming = clock.transfer("cast", 0, costs.casts[0])
         clock.wait(np.where(blocking, upcoming, 0.0))
     clock.own_left += costs.local
-    at_once = np.asarray(blocking)[..., None] | (costs.reduces is None or num_stages == 0)
+    at_once = np.asarray(blocking)[..., None] | ~np.asarray(costs.own_keys_fill) | (num_stages == 0)
     clock.attend_own(np.where(at_once, clock.own_left, 0.0))
     homeward: FloatArray | None = None
     for stage in range(num_stages):

@@ -35,6 +35,7 @@ class RankProgram:
         local: The engine's schedule of the rank's queries and its own keys.
         stages: The remote work, in order.
         blocking: Whether to wait for remote rows before computing anything.
+        own_keys_fill: Whether own keys fill what stages leave in the backward pass, if the engine allows it.
         rounds_grads: Whether partial gradients of keys travel home in the type of the keys.
     """
 
@@ -42,6 +43,7 @@ class RankProgram:
     local: Any
     stages: tuple[StageProgram, ...]
     blocking: bool
+    own_keys_fill: bool
     rounds_grads: bool
 
     @classmethod
@@ -57,7 +59,8 @@ class RankProgram:
             for stage, part in zip(plan.stages, parts[1:], strict=True)
         )
         local = engine.schedule(plan.local_bands, rows, keys, parts[0])
-        return cls(engine, local, stages, plan.blocking, plan.config.grad_wire_dtype == "input")
+        rounds_grads = plan.config.grad_wire_dtype == "input"
+        return cls(engine, local, stages, plan.blocking, plan.own_keys_fill, rounds_grads)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,19 +9,15 @@ Op = tuple[str, int | None]
 with its own whenever it would wait, and `("end", None)` with what is left of them."""
 
 
-def fills(num_stages: int, blocking: bool, backward: bool) -> bool:
-    """Whether own keys fill the time in which a rank would wait."""
-    return backward and num_stages > 0 and not blocking
-
-
-def loop_program(num_stages: int, blocking: bool, backward: bool) -> list[Op]:
-    """What every rank does in a pass, written from its description in docs/design.md."""
+def loop_program(num_stages: int, blocking: bool, backward: bool, own_keys_fill: bool = False) -> list[Op]:
+    """What a rank does in a pass, written from its description in docs/design.md."""
     program: list[Op] = []
+    fills = own_keys_fill and num_stages > 0 and not blocking
     if num_stages:
         program.append(("cast", 0))
     if num_stages and blocking:
         program.append(("wait cast", 0))
-    program.append(("begin" if fills(num_stages, blocking, backward) else "attend", None))
+    program.append(("begin" if fills else "attend", None))
     for n in range(num_stages):
         if n + 1 < num_stages:
             program.append(("cast", n + 1))
@@ -30,7 +26,7 @@ def loop_program(num_stages: int, blocking: bool, backward: bool) -> list[Op]:
             program.append(("reduce", n))
             if n > 0:
                 program.append(("wait reduce", n - 1))
-    if fills(num_stages, blocking, backward):
+    if fills:
         program.append(("end", None))
     if backward and num_stages:
         program.append(("wait reduce", num_stages - 1))
@@ -55,16 +51,17 @@ class Outcome:
             self.own[rank].append((now, self.ends[rank]))
 
 
-def simulate(program: Sequence[Op], cp_size: int, seconds: Callable[[Op, int | None], float]) -> Outcome:
-    """Run the program on all ranks; `seconds(op, rank)` is what it takes, for a transfer with rank None."""
+def simulate(programs: Sequence[Sequence[Op]], seconds: Callable[[Op, int | None], float]) -> Outcome:
+    """Run each rank's program; `seconds(op, rank)` is what it takes, for a transfer with rank None."""
+    cp_size = len(programs)
     outcome = Outcome([0.0] * cp_size, [[] for _ in range(cp_size)])
     own_left = [0.0] * cp_size
     at = [0] * cp_size
-    reached: dict[Op, list[float]] = {op: [] for op in program if op[0] in ("cast", "reduce")}
+    reached: dict[Op, list[float]] = {op: [] for op in programs[0] if op[0] in ("cast", "reduce")}
     network = 0.0
-    while any(position < len(program) for position in at):
+    while any(position < len(program) for position, program in zip(at, programs, strict=True)):
         progress = False
-        for rank in range(cp_size):
+        for rank, program in enumerate(programs):
             while at[rank] < len(program):
                 kind, n = op = program[at[rank]]
                 now = outcome.ends[rank]

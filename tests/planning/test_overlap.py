@@ -174,8 +174,9 @@ def slow_seconds(work: StageWork, config: DistAttnConfig, blocking: bool = False
             row_bytes = 2 * 16 * (4 if kind == "reduce" else 2)
             return (model.latency + rows * row_bytes / model.bandwidth) * (rows > 0)
 
-        program = loop_program(len(work.areas), blocking, backward)
-        total += weight * max(simulate(program, len(work.local_areas), seconds).ends)
+        fills = work.own_keys_fill & backward
+        programs = [loop_program(len(work.areas), blocking, backward, fill) for fill in fills.tolist()]
+        total += weight * max(simulate(programs, seconds).ends)
     return total
 
 

@@ -1,6 +1,7 @@
 """The predicted timeline: by hand, and against a slow simulation of ranks that run the loop."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ BY_HAND = PassCosts(
     stages=np.array([[2.0, 4.0], [1.0, 3.0]]),
     casts=np.array([2.0, 5.0]),
     reduces=np.array([3.0, 2.0]),
+    own_keys_fill=True,
 )
 
 
@@ -71,7 +73,7 @@ def test_backward_by_hand() -> None:
 
 
 def test_blocking_by_hand() -> None:
-    costs = PassCosts(BY_HAND.local, BY_HAND.stages[:1], BY_HAND.casts[:1], BY_HAND.reduces[:1])
+    costs = PassCosts(BY_HAND.local, BY_HAND.stages[:1], BY_HAND.casts[:1], BY_HAND.reduces[:1], own_keys_fill=True)
     timeline = PassTimeline.of(replay(costs, blocking=True))
     assert extents(timeline, 0) == {"cast 1": (0, 2), "own keys": (2, 8), "stage 1": (8, 10), "reduce 1": (10, 13)}
     assert extents(timeline, 1) == {"cast 1": (0, 2), "own keys": (2, 3), "stage 1": (3, 7), "reduce 1": (10, 13)}
@@ -97,7 +99,10 @@ def pass_costs(draw: st.DrawFn, ways: int | None = None) -> PassCosts:
 
     casts = seconds(num_stages, *side_by_side)
     stages = seconds(num_stages, *side_by_side, cp_size)
-    return PassCosts(seconds(cp_size), stages, casts, seconds(*casts.shape) if draw(st.booleans()) else None)
+    if draw(st.booleans()):
+        return PassCosts(seconds(cp_size), stages, casts, None)
+    fills = draw(st.lists(st.booleans(), min_size=cp_size, max_size=cp_size))
+    return PassCosts(seconds(cp_size), stages, casts, seconds(*casts.shape), np.array(fills))
 
 
 def check_against_simulation(costs: PassCosts, blocking: bool) -> None:
@@ -111,8 +116,9 @@ def check_against_simulation(costs: PassCosts, blocking: bool) -> None:
         assert table is not None
         return float(table[n])
 
-    program = loop_program(len(costs.casts), blocking, backward=costs.reduces is not None)
-    outcome = simulate(program, len(costs.local), seconds)
+    fills = np.broadcast_to(costs.own_keys_fill, costs.local.shape).tolist()
+    backward = costs.reduces is not None
+    outcome = simulate([loop_program(len(costs.casts), blocking, backward, fill) for fill in fills], seconds)
     assert clock.ranks.tolist() == outcome.ends
     found = {}
     own: list[list[tuple[float, float]]] = [[] for _ in costs.local]
@@ -139,8 +145,8 @@ def test_ways_side_by_side_are_ways_one_by_one(costs: PassCosts, blocking: list[
     together = replay(costs, np.array(blocking)).ranks
     for n in range(3 if len(costs.casts) else 0):
         reduces = None if costs.reduces is None else costs.reduces[:, n]
-        alone = replay(PassCosts(costs.local, costs.stages[:, n], costs.casts[:, n], reduces), blocking[n]).ranks
-        np.testing.assert_array_equal(together[n], alone)
+        one = replace(costs, stages=costs.stages[:, n], casts=costs.casts[:, n], reduces=reduces)
+        np.testing.assert_array_equal(together[n], replay(one, blocking[n]).ranks)
 
 
 @settings(max_examples=50, deadline=None)
@@ -150,7 +156,7 @@ def test_empty_stages_at_the_end_cost_nothing(costs: PassCosts, blocking: bool, 
         return np.concatenate((numbers, np.zeros((more, *numbers.shape[1:]))))
 
     reduces = None if costs.reduces is None else longer(costs.reduces)
-    padded = PassCosts(costs.local, longer(costs.stages), longer(costs.casts), reduces)
+    padded = replace(costs, stages=longer(costs.stages), casts=longer(costs.casts), reduces=reduces)
     assert replay(padded, blocking).ranks.max() == replay(costs, blocking).ranks.max()
 
 

@@ -54,7 +54,8 @@ class Recorder:
 
 def make_program(recorder: Recorder, num_stages: int, blocking: bool) -> SimpleNamespace:
     stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n) for n in range(num_stages)]
-    return SimpleNamespace(engine=recorder, local=None, stages=stages, blocking=blocking, rounds_grads=False)
+    ways = {"blocking": blocking, "own_keys_fill": not blocking, "rounds_grads": False}
+    return SimpleNamespace(engine=recorder, local=None, stages=stages, **ways)
 
 
 def in_order_of_posting(program: list[Op]) -> list[Op]:
@@ -76,7 +77,7 @@ def test_order(num_stages: int, blocking: bool) -> None:
     assert recorder.ops == loop_program(num_stages, blocking, backward=False)
     recorder.ops.clear()
     out.sum().backward()
-    assert recorder.ops == in_order_of_posting(loop_program(num_stages, blocking, backward=True))
+    assert recorder.ops == in_order_of_posting(loop_program(num_stages, blocking, backward=True, own_keys_fill=True))
 
 
 @dataclass
@@ -106,7 +107,9 @@ def test_stages_run_beside_own_keys(num_stages: int, monkeypatch: pytest.MonkeyP
     lane = RecordingLane(recorder)
     monkeypatch.setattr(dist_attn, "stage_lane", lambda *args: lane)
     out.sum().backward()
-    assert recorder.ops == in_order_of_posting(loop_program(num_stages, blocking=False, backward=True))
+    assert recorder.ops == in_order_of_posting(
+        loop_program(num_stages, blocking=False, backward=True, own_keys_fill=True)
+    )
     own, last = recorder.ops.index(("attend", None)), len(recorder.ops) - 1
     assert set(range(len(recorder.ops))) - lane.on_lane.keys() == {own}
     assert {event for n, event in lane.on_lane.items() if n != last} <= {0, own}
@@ -117,19 +120,19 @@ def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stream of their own on a GPU, if the engine may have several kernels at a time and none must leave room."""
     monkeypatch.setattr(dist_attn, "StageStream", lambda device: "stream")
     engine = SimpleNamespace(adds_in_any_order=lambda params, head_dim: not params.deterministic and head_dim == 8)
-    usual = {"is_cuda": True, "stages": [1], "blocking": False, "params": AttnParams(1.0), "head_dim": 8}
+    usual = {"is_cuda": True, "stages": [1], "own_keys_fill": True, "params": AttnParams(1.0), "head_dim": 8}
 
     def where(**changes: Any) -> object:
         case = SimpleNamespace(**(usual | changes))
         q = SimpleNamespace(is_cuda=case.is_cuda, shape=(4, 2, case.head_dim), device="cuda")
-        program = SimpleNamespace(stages=case.stages, blocking=case.blocking, engine=engine)
+        program = SimpleNamespace(stages=case.stages, own_keys_fill=case.own_keys_fill, engine=engine)
         return dist_attn.stage_lane(q, program, case.params)  # type: ignore[arg-type]
 
     assert where() == "stream"
     for change in (
         {"is_cuda": False},
         {"stages": []},
-        {"blocking": True},
+        {"own_keys_fill": False},
         {"params": AttnParams(1.0, deterministic=True)},
         {"params": AttnParams(1.0, sm_margin=8)},
         {"head_dim": 256},
