@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magi_attention.kernels.hopper.backward_items import Items
 from magi_attention.kernels.parts import Part, State
 from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.mask_zoo import named_masks
@@ -186,7 +187,8 @@ def test_query_heads_and_queries_of_an_item(
     engine: EmulatedEngine, name: str, head_dim: int, items: tuple[int, int | None]
 ) -> None:
     problem = make_problem(named_masks(260)[name], (6, 2), head_dim)
-    engine.launch.backward_items = lambda *args: items
+    members, most_tiles = items
+    engine.launch.backward_items = lambda *args: Items(members, 1, most_tiles)
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [100]), problem)
 
@@ -198,7 +200,8 @@ def test_query_heads_and_queries_of_an_item_of_large_head_dims(
     engine: EmulatedEngine, name: str, head_dim: int, items: tuple[int, int | None]
 ) -> None:
     problem = make_problem(named_masks(150)[name], (6, 1), head_dim)
-    engine.launch.backward_items = lambda *args: items
+    members, most_tiles = items
+    engine.launch.backward_items = lambda *args: Items(members, 1, most_tiles)
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [80]), problem)
 
@@ -301,7 +304,7 @@ def test_some_multiprocessors_left_to_others(engine: EmulatedEngine, sm_margin: 
 
 def test_fewer_heads_at_a_time_than_there_are(engine: EmulatedEngine) -> None:
     problem = make_problem(builders.causal(200), (8, 4))
-    engine.launch.KEYS_IN_CACHE = 8 * 200 * 64 * 2
+    engine.launch.CACHED_BYTES = 8 * 200 * 64 * 2
     check_bound(run_engine(engine, problem), problem)
 
 
@@ -311,7 +314,7 @@ def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
     problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dim)
     engines = [EmulatedEngine(seed, 2) for seed in range(8)]
     for engine in engines:
-        engine.launch.backward_items = lambda walk, heads_kv, group, programs: (group, None)
+        engine.launch.backward_items = lambda walk, heads_kv, group, *args: Items(group, 1)
     first, *others = (run_engine(engine, problem) for engine in engines)
     for results in (first, *others):
         check_bound(results, problem)
@@ -326,8 +329,8 @@ def test_batches_of_any_windows(engine: EmulatedEngine, name: str, members: int 
     mask = named_masks(450)[name]
     problem = make_problem(mask, heads)
     problem.params = replace(problem.params, yields=True)
-    engine.launch.backward_items = lambda walk, heads_kv, group, programs: (members or group, None)
-    engine.launch.KEYS_IN_CACHE = 4 * mask.total_seqlen_k * 64  # a head of keys in the forward kernel
+    engine.launch.backward_items = lambda walk, heads_kv, group, *args: Items(members or group, 1)
+    engine.launch.CACHED_BYTES = 4 * mask.total_seqlen_k * 64  # a head of keys in the forward kernel
 
     def in_batches(walk: Any, num_windows: int, groups: int, *args: int) -> torch.Tensor:
         end = num_windows * groups

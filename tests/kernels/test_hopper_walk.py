@@ -262,7 +262,7 @@ def test_transpose(mask: AttnMask) -> None:
 @given(masks(max_seqlen=60), st.integers(1, 20), st.integers(1, 12), st.integers(1, 6))
 def test_cut_windows_have_the_same_tiles(mask: AttnMask, block_rows: int, block_cols: int, most_tiles: int) -> None:
     walk = build_walk(mask.bands, *mask.to_dense().shape, block_rows, block_cols)
-    cut = cut_long_windows(walk, most_tiles, block_cols)
+    cut = cut_long_windows(walk, most_tiles)
     assert cut.windows.dtype == cut.entries.dtype == np.int32
     assert (cut.windows[:, 3] <= most_tiles).all() and (np.diff(cut.windows[:, 3]) <= 0).all()
     assert (cut.entries[:, 1] >= 1).all() and cut.entries[-2:].tolist() == walk.entries[-2:].tolist()

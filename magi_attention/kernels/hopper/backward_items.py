@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk
+import numpy as np
+
+from magi_attention.kernels.hopper.walk import Walk
 
 LEAST_TILES = 16
 """Tiles of a piece at least: to load keys and values and to add up dk and dv takes about as long as two of them."""
@@ -10,48 +12,105 @@ LEAST_TILES = 16
 LONG_ITEM = 2048
 """Tiles over all query heads from which on even programs with the same number of tiles no longer keep step."""
 
-MOST_IN_STEP = 4
-"""Query heads of an item at most where programs do not keep step by themselves."""
+MOST_OUT_OF_STEP = 4
+"""Query heads of an item at most where programs do not keep step."""
 
-BUSY_ENOUGH = 0.75
+SPREAD = 2.75
+"""Heads that programs out of step may be at, for each one whose queries the cache holds: they meet at most of them."""
+
+BUSY_ENOUGH = 0.85
 """Share of the time that programs must be busy in, or items are made smaller."""
+
+ITEMS_OF_A_PROGRAM = 3
+"""Items in a group of heads for each program, so that few wait where a group ends."""
+
+SAMPLES = 32
+"""Tiles of queries by which to judge whether programs keep step."""
 
 
 class Items(NamedTuple):
-    """How the work is cut.
+    """How the work is cut, and in which order it is done.
 
     Attributes:
         members: Query heads of an item: all that share a key head, or a part of them.
+        side_by_side: Of the shares of heads that items have, how many are walked at a time.
         most_tiles: Windows with more are cut into pieces; None for windows as they are.
     """
 
     members: int
+    side_by_side: int
     most_tiles: int | None = None
 
 
-def backward_items(walk: DeviceWalk, heads_kv: int, group: int, programs: int) -> Items:
+def backward_items(walk: Walk, heads_kv: int, group: int, programs: int, cached: float) -> Items:
     """Choose what ``programs`` programs are given, of ``heads_kv`` key heads that ``group`` query heads share each.
 
     With all query heads, dk and dv stay in registers, else they are added up in memory. But programs read the queries
     that they share from the cache only as long as they keep step, and those with more tiles than others fall behind
     from head to head. And few windows of keys, such as those of a stage that few rows travel for, keep few programs
     busy.
+
+    Args:
+        walk: Windows of keys, and the tiles of queries that attend them.
+        heads_kv: Key heads.
+        group: Query heads of each.
+        programs: How many programs run at a time.
+        cached: Heads whose queries, and all that is read and added with them, fill the cache.
     """
-    total = walk.num_tiles * heads_kv * group
+    tiles = walk.windows[walk.windows[:, 3] > 0, 3].astype(np.int64)  # most first
+    longest, sum_of_tiles = int(tiles.max(initial=0)), int(tiles.sum())
+    total = sum_of_tiles * heads_kv * group
 
     def keeps_busy(members: int) -> bool:
-        num_items = walk.num_busy * heads_kv * group // members
-        rounds = -(-num_items // programs)
-        # The programs are busy for `total` tiles, of the time that the longest item or all rounds take.
-        return total >= BUSY_ENOUGH * programs * max(walk.longest * members, rounds * total / max(num_items, 1))
+        shares = heads_kv * group // members
+        # Some program gets a second one of the items up to the (programs + 1)-th, none of which is shorter than that,
+        # a third one of those up to the (2 * programs + 1)-th, and so on.
+        nth = np.arange(0, len(tiles) * shares, programs)
+        least = members * int((tiles[nth // shares] * np.arange(1, len(nth) + 1)).max())
+        return total >= BUSY_ENOUGH * programs * least
 
-    tiles_of_all = walk.longest * group
-    if tiles_of_all <= LEAST_TILES:
-        return Items(group)
-    few = next(members for members in range(min(group, MOST_IN_STEP), 0, -1) if group % members == 0)
-    keep_step = not walk.is_uneven and tiles_of_all < LONG_ITEM
-    for members in (group, few, 1) if keep_step else (few, 1):
-        if keeps_busy(members):
-            return Items(members)
+    def side_by_side(members: int, enough: int | None) -> int:
+        """As many shares as the cache has room for where programs are in step, or ``enough``."""
+        shares = heads_kv * group // members
+        choice = [heads for heads in range(1, max(1, min(shares, int(cached))) + 1) if shares % heads == 0]
+        return next((heads for heads in choice if enough is not None and heads >= enough), choice[-1])
+
+    if longest * group <= LEAST_TILES:
+        return Items(group, side_by_side(group, None))
+    even = keeps_step(walk)
+    if even and longest * group < LONG_ITEM and keeps_busy(group):
+        return Items(group, side_by_side(group, None))
+
+    # Out of step, programs are at several heads of each share, among as many queries as an average tile's window has.
+    enough = -(-ITEMS_OF_A_PROGRAM * programs // len(walk.windows))
+    reach = int((tiles * tiles).sum()) / sum_of_tiles * walk.block_cols / walk.num_cols
+    for members in range(min(group, MOST_OUT_OF_STEP), 0, -1):
+        heads = side_by_side(members, enough) if group % members == 0 else 0
+        stays_cached = even or members == 1 or members * heads * reach <= SPREAD * max(cached, 1)
+        if heads and stays_cached and keeps_busy(members):
+            return Items(members, heads)
     most_tiles = max(LEAST_TILES, -(-total // (4 * programs)))
-    return Items(1, most_tiles) if walk.longest > most_tiles else Items(1)
+    return Items(1, side_by_side(1, enough), most_tiles if longest > most_tiles else None)
+
+
+def keeps_step(walk: Walk) -> bool:
+    """Whether windows that share columns have about as many tiles as each other. The walk must have tiles.
+
+    Judged by some of them, spread evenly over all: whether, of the windows that have a tile's columns, at least half
+    have seven eighths of the tiles that the longest has.
+    """
+    windows = walk.windows[walk.windows[:, 3] > 0]
+    windows = windows[np.argsort(windows[:, 2])]
+    entries = walk.entries[:-2].astype(np.int64)
+    tiles = np.repeat(windows[:, 3], np.diff(windows[:, 2], append=len(entries)))
+
+    count, end = entries[:, 1], entries[:, 0] + walk.block_cols
+    start = end - count * walk.block_cols
+    before = np.cumsum(count) - count
+    nth = (2 * np.arange(SAMPLES) + 1) * count.sum() // (2 * SAMPLES)
+    sample = np.searchsorted(before, nth, side="right") - 1
+    column = (start[sample] + (nth - before[sample]) * walk.block_cols)[:, None]
+    sharing = (start <= column) & (column < end)
+    longest = np.where(sharing, tiles, 0).max(axis=1, initial=0)[:, None]
+    near = sharing & (8 * tiles >= 7 * longest)
+    return 2 * np.count_nonzero(2 * near.sum(axis=1) < sharing.sum(axis=1)) <= SAMPLES

@@ -1,8 +1,9 @@
 """HopperSchedule: a mask, and the walks that kernels take through it, on the devices where they take them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from magi_attention.kernels.hopper.walk import Walk, build_walk, cut_long_window
 from magi_attention.kernels.parts import Part
 from magi_attention.kernels.triton.triton_schedule import TritonSchedule, copy_to_device
 from magi_attention.mask.bands import IntArray, transpose
+
+T = TypeVar("T")
 
 ALIGN = 4
 """Tiles of queries begin at multiples of it in a walk over keys: copies of a number a query start at 16 bytes."""
@@ -34,8 +37,7 @@ class DeviceWalk:
     entries: torch.Tensor
     starts: torch.Tensor
     ends: torch.Tensor
-    _pieces: dict[int, "DeviceWalk"] = field(default_factory=dict, init=False, repr=False)
-    _batches: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[tuple[object, ...], object] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def copy(cls, walk: Walk, device: torch.device) -> "DeviceWalk":
@@ -47,37 +49,29 @@ class DeviceWalk:
         """How many windows, all at the front, have tiles."""
         return int(np.count_nonzero(self.walk.windows[:, 3]))
 
-    @cached_property
-    def num_tiles(self) -> int:
-        """Number of tiles of all windows."""
-        return int(self.walk.windows[:, 3].sum())
+    def once(self, name: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What ``make`` returned when it was first asked for by this name."""
+        if name not in self._made:
+            self._made[name] = make()
+        return cast(T, self._made[name])
 
-    @cached_property
-    def longest(self) -> int:
-        """Number of tiles of the first window."""
-        return int(self.walk.windows[:, 3].max(initial=0))
+    def in_pieces(self, most_tiles: int) -> "DeviceWalk":
+        """The walk with windows of at most ``most_tiles`` tiles."""
 
-    @cached_property
-    def is_uneven(self) -> bool:
-        """Whether most windows have another number of tiles than the window behind them."""
-        tiles = self.walk.windows[np.argsort(self.walk.windows[:, 0]), 3]
-        return bool(2 * np.count_nonzero(np.diff(tiles)) > len(tiles))
-
-    def in_pieces(self, most_tiles: int, block_cols: int) -> "DeviceWalk":
-        """The walk with windows of at most ``most_tiles`` tiles of ``block_cols`` columns, the walk's own."""
-        if most_tiles not in self._pieces:
-            walk = cut_long_windows(self.walk, most_tiles, block_cols)
+        def pieces() -> DeviceWalk:
+            walk = cut_long_windows(self.walk, most_tiles)
             windows, entries = (copy_to_device(x, self.windows.device) for x in (walk.windows, walk.entries))
-            self._pieces[most_tiles] = DeviceWalk(walk, windows, entries, self.starts, self.ends)
-        return self._pieces[most_tiles]
+            return DeviceWalk(walk, windows, entries, self.starts, self.ends)
+
+        return self.once(("pieces", most_tiles), pieces)
 
     def in_batches(self, num_windows: int, groups: int, heads: int, most_tiles: int, programs: int) -> torch.Tensor:
         """:func:`~magi_attention.kernels.hopper.batches.cut_batches` of the first windows, on the device."""
-        name = num_windows, groups, heads, most_tiles, programs
-        if name not in self._batches:
-            batches = cut_batches(self.walk.windows[:num_windows, 3], groups, heads, most_tiles, programs)
-            self._batches[name] = copy_to_device(batches, self.windows.device)
-        return self._batches[name]
+        cut = groups, heads, most_tiles, programs
+        return self.once(
+            ("batches", num_windows, *cut),
+            lambda: copy_to_device(cut_batches(self.walk.windows[:num_windows, 3], *cut), self.windows.device),
+        )
 
 
 @dataclass(frozen=True, eq=False)

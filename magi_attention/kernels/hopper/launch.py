@@ -21,7 +21,7 @@ from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.scales import Scales
 
 CONSUMER_ROWS = 64  # of scores
-KEYS_IN_CACHE = 32 << 20
+CACHED_BYTES = 32 << 20
 """Bytes of k and v, or of q and dout, that are walked at a time: most of the cache that all multiprocessors share."""
 
 # Registers on entry, before the roles take their own share.
@@ -193,9 +193,11 @@ def launch_backward(
     shape = BACKWARD_SHAPES[sizes.dim]
     walk = schedule.by_keys(shape.block_k, shape.block_q, q.device)
     programs = num_programs(q.device, params)
-    members, most_tiles = backward_items(walk, sizes.heads_kv, sizes.group, programs)
+    # Of a query, q, dout and dq are read and added again and again.
+    cut = sizes.heads_kv, sizes.group, programs, CACHED_BYTES / (8 * num_rows * sizes.dim)
+    members, heads, most_tiles = walk.once(("items", *cut), functools.partial(backward_items, walk.walk, *cut))
     if most_tiles is not None:
-        walk = walk.in_pieces(most_tiles, shape.block_q)
+        walk = walk.in_pieces(most_tiles)
     adds_up = members < sizes.group or most_tiles is not None
     q_tile, k_tile = (shape.block_q, 1, shape.columns), (CONSUMER_ROWS, 1, shape.columns)
     sums: Sequence[torch.Tensor] | None = None
@@ -208,7 +210,6 @@ def launch_backward(
     else:
         k_descs = [tiles(x, k_tile) if x.dtype == k.dtype else None for x in results]
     shares = sizes.heads_kv * sizes.group // members
-    heads = heads_at_a_time(shares, 8 * num_rows * sizes.dim)
     # A program a batch starts the next batch wherever one ends first; but all multiprocessors get some.
     batch = None if params.sm_margin else max(1, BACKWARD_BATCH // members)
     args = walk_args(walk, len(walk.windows), heads, shares, programs, batch)
@@ -282,7 +283,7 @@ def grid(args: WalkArgs, programs: int) -> tuple[int, int, int]:
 
 def heads_at_a_time(num_heads: int, bytes_of_head: int) -> int:
     """As many heads as the cache holds, a divisor of their number."""
-    fitting = max(1, min(num_heads, KEYS_IN_CACHE // bytes_of_head))
+    fitting = max(1, min(num_heads, CACHED_BYTES // bytes_of_head))
     return next(heads for heads in range(fitting, 0, -1) if num_heads % heads == 0)
 
 

@@ -56,6 +56,7 @@ class Walk:
             and so have the rows past the last.
         num_rows: Number of rows.
         num_cols: Number of columns.
+        block_cols: Columns of a tile.
     """
 
     windows: Int32Array
@@ -64,6 +65,7 @@ class Walk:
     ends: Int32Array
     num_rows: int
     num_cols: int
+    block_cols: int
 
 
 def build_walk(
@@ -105,10 +107,10 @@ def build_walk(
     # The longest first, so that none is left to run alone (Graham 1969).
     windows = windows[np.argsort(-weight, kind="stable")]
     entries = np.concatenate((entries, [[0, 1, ROW_ENDS_INSIDE, 0]] * 2))
-    return Walk(windows.astype(np.int32), entries.astype(np.int32), starts, ends, num_rows, num_cols)
+    return Walk(windows.astype(np.int32), entries.astype(np.int32), starts, ends, num_rows, num_cols, block_cols)
 
 
-def cut_long_windows(walk: Walk, most_tiles: int, block_cols: int) -> Walk:
+def cut_long_windows(walk: Walk, most_tiles: int) -> Walk:
     """The same tiles in windows of at most ``most_tiles`` each: several for the same rows, whose results add up."""
     tiles = walk.windows[:, 3].astype(np.int64)
     number = np.maximum(-(-tiles // most_tiles), 1)
@@ -125,7 +127,7 @@ def cut_long_windows(walk: Walk, most_tiles: int, block_cols: int) -> Walk:
     cuts = np.union1d(before, begin_of_all[end > begin])
     source = np.searchsorted(before, cuts, side="right") - 1
     pieces = entries[source]
-    pieces[:, 0] -= (cuts - before[source]) * block_cols
+    pieces[:, 0] -= (cuts - before[source]) * walk.block_cols
     pieces[:, 1] = np.diff(cuts, append=tiles.sum())
 
     windows = walk.windows[window]
