@@ -432,6 +432,20 @@ def test_measured_ranks_take_as_long_as_measured() -> None:
     assert case.packs[0].seconds(results.FLAT, FORWARD, rates, {2: rank})[0][2] >= slow
 
 
+def test_own_keys_fill_on_the_ranks_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in the backward pass only."""
+    fills = []
+    monkeypatch.setattr(scale_case, "replay", lambda *args: fills.append(args[3].tolist()) or (np.zeros(4),) * 2)
+    case = scale_case.Case(problem(), "varlen causal", results.OURS, 4)
+    case.plan()
+    fills.clear()
+    for way in (FORWARD, BACKWARD):
+        case.packs[0].seconds(results.FLAT, way, costs.Rates(1e12, 1e12, 1e12), {})
+    assert (
+        fills == [[False] * 4, case.packs[0].plan.own_keys_fill.tolist()] == [[False] * 4, [False, True, True, False]]
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_zigzag_gives_every_row_to_one_rank(ranks: int) -> None:
     cu = builders.cu_seqlens_from_lengths([100, 1, 7, 160, 48])

@@ -118,14 +118,13 @@ class Engine(Protocol):
             ``dk`` and ``dv``, shaped as ``k``.
         """
 
-    def adds_in_any_order(self, params: AttnParams, head_dim: int) -> bool:
+    def adds_in_any_order(self, params: AttnParams) -> bool:
         """Whether :meth:`backward` may run over several parts of the keys at a time.
 
         Then it adds to ``grads.dq`` atomically, in whatever order.
 
         Args:
             params: As in :meth:`forward`.
-            head_dim: Dimensions of a head.
         """
 
     def sink_grad(self, grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:

@@ -33,7 +33,8 @@ class StageWork:
         queries: About how many queries attend these rows, and never less than do, ``(num_stages, cp_size)``.
         received: Rows that arrive, ``(num_stages, cp_size)``.
         sent: Rows that leave, a row once for every rank it goes to, ``(num_stages, cp_size)``.
-        own_keys_fill: Where own keys fill what stages leave in the backward pass, ``(cp_size,)``.
+        own_keys_fill: Where own keys would fill what stages leave in a backward pass that waits for nothing first,
+            ``(cp_size,)``.
     """
 
     local_areas: IntArray

@@ -70,7 +70,7 @@ def beside_transfers(params: AttnParams, alone: bool) -> AttnParams:
 def stage_lane(q: torch.Tensor, program: RankProgram, params: AttnParams) -> StageLane:
     """Where the stages of a backward pass run."""
     overlaps = program.stages and program.own_keys_fill and params.sm_margin == 0
-    if overlaps and q.is_cuda and program.engine.adds_in_any_order(params, q.shape[2]):
+    if overlaps and q.is_cuda and program.engine.adds_in_any_order(params):
         return StageStream(q.device)
     return StageLane()
 

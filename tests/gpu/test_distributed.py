@@ -15,6 +15,7 @@ from torch import Tensor
 from magi_attention.api import calc_attn, dispatch, get_position_ids
 from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask, builders
+from magi_attention.planning import plan_attention
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.rank_pool import RankPool
 
@@ -124,15 +125,25 @@ def capture(rank: int, group: dist.ProcessGroup, problem: Problem) -> list[float
     return [(a.float() - b.float()).abs().max().item() for a, b in zip(captured, step(key, leaves, dout), strict=True)]
 
 
+def own_keys_fill(problem: Problem) -> bool:
+    """Whether ranks have two kernels at a time in the backward pass: on both, or on none."""
+    plan = plan_attention(problem.mask, 2, problem.chunk_size, config=problem.config)
+    assert plan.own_keys_fill.all() == plan.own_keys_fill.any()
+    return bool(plan.own_keys_fill.all())
+
+
+@pytest.mark.parametrize(("name", "fill"), [("causal", False), ("varlen causal", True)])
 @pytest.mark.parametrize("config", ["degree 1", "degree 3"])
-def test_a_step_in_a_cuda_graph(gpus: RankPool, config: str) -> None:
-    for differences in gpus.run(capture, 2, make_problem(builders.causal(1024), CONFIGS[config])):
+def test_a_step_in_a_cuda_graph(gpus: RankPool, config: str, name: str, fill: bool) -> None:
+    problem = make_problem(named_masks(1024)[name], CONFIGS[config])
+    assert own_keys_fill(problem) == fill
+    for differences in gpus.run(capture, 2, problem):
         assert differences[:2] == [0, 0] and max(differences) < 0.05, "dq is added up in any order"
 
 
-def two_groups(rank: int, group: dist.ProcessGroup, problems: list[Problem]) -> list[list[Tensor]]:
-    """Two groups of the same ranks, both used in every step, forward in one order and backward in the other."""
-    groups = [dist.new_group([0, 1]) for _ in range(2)]
+def groups_of_their_own(rank: int, group: dist.ProcessGroup, problems: list[Problem]) -> list[list[Tensor]]:
+    """Groups of the same ranks, all used in every step, forward in one order and backward in the other."""
+    groups = [dist.new_group([0, 1]) for _ in problems]
     parts = [local_inputs(on_gpu(p), g) for p, g in zip(problems, groups, strict=True)]
     alone = [step(*part) for part in parts]
     for _ in range(20):
@@ -149,9 +160,11 @@ def two_groups(rank: int, group: dist.ProcessGroup, problems: list[Problem]) -> 
 
 
 @pytest.mark.parametrize("config", ["degree 1", "degree 3"])
-def test_two_groups_interleaved(gpus: RankPool, config: str) -> None:
-    masks = builders.causal(2000), builders.varlen([0, 500, 1300, 2000])
-    for parts in gpus.run(two_groups, 2, [make_problem(mask, CONFIGS[config]) for mask in masks]):
+def test_groups_interleaved(gpus: RankPool, config: str) -> None:
+    masks = named_masks(2000)["varlen sliding window causal"], named_masks(2000)["varlen causal"], builders.causal(2000)
+    problems = [make_problem(mask, CONFIGS[config]) for mask in masks]
+    assert [own_keys_fill(problem) for problem in problems] == [True, True, False]
+    for parts in gpus.run(groups_of_their_own, 2, problems):
         for differences in parts:
             assert differences[0] == 0 and max(differences) < 0.05, "gradients are added up in any order"
 
@@ -185,7 +198,8 @@ def die_midway(rank: int, store: str, out: str) -> None:
     torch.cuda.set_device(rank)
     timeout = datetime.timedelta(seconds=15)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    problem = on_gpu(make_problem(builders.causal(2048), CONFIGS["degree 1"]))
+    problem = on_gpu(make_problem(named_masks(2048)["varlen causal"], CONFIGS["degree 1"]))
+    assert own_keys_fill(problem)
     key, leaves, dout = local_inputs(problem, dist.group.WORLD)
     step(key, leaves, dout)
     torch.cuda.synchronize()

@@ -4,6 +4,8 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from magi_attention.kernels.hopper.backward_items import LEAST_TILES, Items, backward_items, keeps_step
 from magi_attention.kernels.hopper.walk import Walk, build_walk
@@ -42,12 +44,13 @@ def walk_of(mask: AttnMask) -> Walk:
 
 @pytest.mark.parametrize("num_windows", [64, 128])
 def test_whole_sequences_keep_their_heads_together(num_windows: int) -> None:
-    assert items(windows(*[2 * num_windows] * num_windows), 8, 6) == Items(6, 4)
+    few = 128 // num_windows
+    assert items(windows(*[2 * num_windows] * num_windows), 8, 6) == Items(6, (few,) * (8 // few))
 
 
 def test_very_long_sequences_do_not() -> None:
-    assert items(windows(*[512] * 256), 8, 6, cached=1.0) == Items(3, 1)
-    assert items(windows(*[1024] * 512), 8, 4, cached=0.5) == Items(4, 1)
+    assert items(windows(*[512] * 256), 8, 6, cached=1.0) == Items(3, (1,) * 16)
+    assert items(windows(*[1024] * 512), 8, 4, cached=0.5) == Items(4, (1,) * 8)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +61,23 @@ def test_uneven_windows_are_of_few_heads(group: int, members: int) -> None:
 
 
 def test_uneven_windows_are_few_enough_for_the_cache() -> None:
-    """Where windows are more than programs, fewer heads go side by side, or fewer in an item."""
-    stairs = np.repeat([64, 80, 96, 112, 128], 50)
-    assert items(windows(*stairs), 8, 8) == Items(4, 2)
-    assert items(windows(*stairs), 8, 8, cached=100.0) == Items(4, 2)
-    assert items(windows(*stairs), 8, 8, cached=2.0) == Items(2, 2)
+    """Programs are at a head for each member of their items, of which the cache must hold most of the queries."""
+    causal = windows(*range(2, 514, 2))
+    assert [items(causal, 8, 8, cached).members for cached in (4.0, 2.0, 1.0)] == [4, 4, 2]
+    assert items(windows(*[512] * 256), 8, 8, cached=1.0).members == 4, "in step or nearly so"
+
+
+def test_the_last_group_of_heads_is_large_where_windows_differ() -> None:
+    assert items(windows(*range(2, 130, 2)), 8, 6).groups == (2, 2, 2, 2, 2, 2, 4)
+    assert items(windows(*[*range(122, 130)] * 8), 8, 6).groups == (2, 2, 2, 2)
+    assert items(windows(*range(2, 34, 2)), 8, 8).groups[-1] > 12, "few windows: nearly all heads at once"
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 99))
+def test_groups_have_all_heads(tiles: list[int], heads_kv: int, group: int, cached: float) -> None:
+    members, groups, most_tiles = items(windows(*tiles), heads_kv, group, cached)
+    assert group % members == 0 and sum(groups) * members == heads_kv * group and min(groups) > 0
+    assert most_tiles is None or (members == 1 and LEAST_TILES <= most_tiles < max(tiles))
 
 
 def test_a_round_that_few_programs_have_work_in_is_avoided() -> None:
@@ -70,11 +85,17 @@ def test_a_round_that_few_programs_have_work_in_is_avoided() -> None:
     assert items(windows(*[48] * 24), 8, 6).members == 3
 
 
+@pytest.mark.parametrize(("num_windows", "members"), [(26, 2), (30, 6)])
+def test_programs_are_busy_for_most_of_the_time(num_windows: int, members: int) -> None:
+    """Two rounds of 132 items that are full to 0.79, and to 0.91."""
+    assert items(windows(*[48] * num_windows), 8, 6).members == members
+
+
 def test_a_few_long_windows_must_not_be_what_all_wait_for() -> None:
     """The first 133 items are long, so that some program gets two of them, and all others end long before."""
     long_ones, short_ones = [40] * 18, [4] * 60
     assert items(windows(*long_ones, *short_ones, apart=True), 8, 8).members < 8
-    assert items(windows(*[40] * 63, apart=True), 8, 8) == Items(8, 4)
+    assert items(windows(*[40] * 63, apart=True), 8, 8).members == 8
 
 
 def test_few_windows_are_cut() -> None:
@@ -91,12 +112,12 @@ def test_one_long_window_among_short_ones_is_cut() -> None:
 
 @pytest.mark.parametrize("tiles", [[], [0, 0], [2], [1, 2, 1]])
 def test_what_is_short_anyway_is_left_whole(tiles: list[int]) -> None:
-    assert items(windows(*tiles), 1, 8) == Items(8, 1)
+    assert items(windows(*tiles), 1, 8) == Items(8, (1,))
 
 
 def test_pieces_are_not_shorter_than_what_they_cost() -> None:
-    assert items(windows(LEAST_TILES), 1, 8) == Items(1, 4)
-    assert items(windows(LEAST_TILES + 1), 1, 8) == Items(1, 4, LEAST_TILES)
+    assert items(windows(LEAST_TILES), 1, 8) == Items(1, (8,))
+    assert items(windows(LEAST_TILES + 1), 1, 8) == Items(1, (8,), LEAST_TILES)
 
 
 def test_windows_that_share_queries_keep_step_if_they_have_as_many() -> None:

@@ -97,7 +97,7 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_which_engines_may_have_several_backward_kernels_at_a_time() -> None:
-    usual, repeatable = AttnParams(1.0), AttnParams(1.0, deterministic=True)
-    cases = (usual, 64), (usual, 256), (repeatable, 64)
-    may = {engine.name: [engine.adds_in_any_order(*case) for case in cases] for engine in ENGINES}
-    assert may == {"hopper": [True, True, False], "triton": [False] * 3, "reference": [False] * 3}
+    """Those that add to dq in any order, unless gradients must repeat."""
+    cases = AttnParams(1.0), AttnParams(1.0, deterministic=True)
+    may = {engine.name: [engine.adds_in_any_order(case) for case in cases] for engine in ENGINES}
+    assert may == {"hopper": [True, False], "triton": [False] * 2, "reference": [False] * 2}

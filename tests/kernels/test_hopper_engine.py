@@ -188,7 +188,8 @@ def test_query_heads_and_queries_of_an_item(
 ) -> None:
     problem = make_problem(named_masks(260)[name], (6, 2), head_dim)
     members, most_tiles = items
-    engine.launch.backward_items = lambda *args: Items(members, 1, most_tiles)
+    groups = (1, 2, 3) if members == 1 else (2,)
+    engine.launch.backward_items = lambda *args: Items(members, groups, most_tiles)
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [100]), problem)
 
@@ -201,7 +202,8 @@ def test_query_heads_and_queries_of_an_item_of_large_head_dims(
 ) -> None:
     problem = make_problem(named_masks(150)[name], (6, 1), head_dim)
     members, most_tiles = items
-    engine.launch.backward_items = lambda *args: Items(members, 1, most_tiles)
+    groups = (1, 2, 3) if members == 1 else (2,)
+    engine.launch.backward_items = lambda *args: Items(members, groups, most_tiles)
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [80]), problem)
 
@@ -314,7 +316,7 @@ def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
     problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dim)
     engines = [EmulatedEngine(seed, 2) for seed in range(8)]
     for engine in engines:
-        engine.launch.backward_items = lambda walk, heads_kv, group, *args: Items(group, 1)
+        engine.launch.backward_items = lambda walk, heads_kv, group, *args: Items(group, (1,) * heads_kv)
     first, *others = (run_engine(engine, problem) for engine in engines)
     for results in (first, *others):
         check_bound(results, problem)
@@ -329,12 +331,14 @@ def test_batches_of_any_windows(engine: EmulatedEngine, name: str, members: int 
     mask = named_masks(450)[name]
     problem = make_problem(mask, heads)
     problem.params = replace(problem.params, yields=True)
-    engine.launch.backward_items = lambda walk, heads_kv, group, *args: Items(members or group, 1)
+    engine.launch.backward_items = lambda walk, heads_kv, group, *args: Items(
+        members or group, (1,) * (heads_kv * group // (members or group))
+    )
     engine.launch.CACHED_BYTES = 4 * mask.total_seqlen_k * 64  # a head of keys in the forward kernel
 
-    def in_batches(walk: Any, num_windows: int, groups: int, *args: int) -> torch.Tensor:
-        end = num_windows * groups
-        return torch.tensor([*range(0, end, 3), end], dtype=torch.int32)
+    def in_batches(walk: Any, num_windows: int, groups: tuple[int, ...], *args: int) -> torch.Tensor:
+        end = num_windows * sum(groups)
+        return torch.tensor([(n, min(n + 3, end)) for n in range(0, end, 3)], dtype=torch.int32)
 
     engine.launch.DeviceWalk.in_batches = in_batches
     check_bound(run_engine(engine, problem), problem)
@@ -350,7 +354,7 @@ def test_short_windows_share_programs(heads: tuple[int, int]) -> None:
     grids = []
 
     def grid(args: Any, programs: int) -> tuple[int, int, int]:
-        grids.append((args.num_batches * args.heads, args.num_items))
+        grids.append((args.num_batches, args.num_items))
         return real_grid(args, programs)
 
     real_grid, engine.launch.grid = engine.launch.grid, grid

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.config import DistAttnConfig, OverlapConfig
+from magi_attention.config import DispatchConfig, DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import plan_attention
 from magi_attention.planning.density import density
@@ -22,7 +22,7 @@ def test_density_counts_cells(mask: AttnMask, cp_size: int, chunk_size: int) -> 
         runs = plan.dispatch.runs(rank)
         rows = np.concatenate([np.arange(*run) for run in runs]) if len(runs) else np.empty(0, int)
         scores = dense[rows[rows < len(dense)]]
-        cells = plan.dispatch.local_seqlens[rank] * scores.any(axis=0).sum()
+        cells = len(scores) * scores.any(axis=0).sum()
         assert found == pytest.approx(scores.sum() / max(cells, 1))
 
 
@@ -38,11 +38,22 @@ def test_short_documents_and_windows_do_and_long_masks_do_not() -> None:
 
 
 def test_each_rank_by_itself() -> None:
-    """Half of the sequence is one document, whose rows are dense; the other half is of short ones."""
-    half = builders.varlen([0, 4096, *range(4096 + 256, 8192 + 1, 256)], causal=True)
-    plan = plan_attention(half, 2, 512, config=DistAttnConfig())
-    found = density(plan.work, plan.dispatch)
-    assert plan.own_keys_fill.tolist() == (found < 1 / 3).tolist()
+    """One rank has a long document, and one has short ones."""
+    mask = builders.varlen([0, 4096, *range(4096 + 256, 8192 + 1, 256)], causal=True)
+    plan = plan_attention(mask, 2, 512, config=DistAttnConfig(dispatch_config=DispatchConfig(order="contiguous")))
+    assert density(plan.work, plan.dispatch).round(2).tolist() == [0.5, 0.03]
+    assert plan.own_keys_fill.tolist() == [False, True]
+
+
+def test_a_third_is_too_much() -> None:
+    plan = plan_attention(builders.sliding_window([0, 8192], (2000, 0)), 2, 512)
+    assert density(plan.work, plan.dispatch).round(2).tolist() == [0.34, 0.27]
+    assert plan.own_keys_fill.tolist() == [False, True]
+
+
+def test_padding_is_no_query() -> None:
+    plan = plan_attention(builders.full(600), 2, 512)
+    assert density(plan.work, plan.dispatch).tolist() == [1, 1]
 
 
 def test_none_does_where_rows_are_waited_for_first() -> None:

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from magi_attention.config import DispatchConfig, DistAttnConfig
+from magi_attention.kernels import reference
 from magi_attention.kernels.params import AttnParams
+from magi_attention.mask import builders
+from magi_attention.planning import plan_attention
 from magi_attention.runtime import dist_attn
 from magi_attention.runtime.dist_attn import DistAttn
+from magi_attention.runtime.runtime import RankProgram
 from magi_attention.runtime.stage_lane import StageLane
 
 from ..planning.loop_simulator import Op, loop_program
@@ -119,12 +124,12 @@ def test_stages_run_beside_own_keys(num_stages: int, monkeypatch: pytest.MonkeyP
 def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stream of their own on a GPU, if the engine may have several kernels at a time and none must leave room."""
     monkeypatch.setattr(dist_attn, "StageStream", lambda device: "stream")
-    engine = SimpleNamespace(adds_in_any_order=lambda params, head_dim: not params.deterministic and head_dim == 8)
-    usual = {"is_cuda": True, "stages": [1], "own_keys_fill": True, "params": AttnParams(1.0), "head_dim": 8}
+    engine = SimpleNamespace(adds_in_any_order=lambda params: not params.deterministic)
+    usual = {"is_cuda": True, "stages": [1], "own_keys_fill": True, "params": AttnParams(1.0)}
 
     def where(**changes: Any) -> object:
         case = SimpleNamespace(**(usual | changes))
-        q = SimpleNamespace(is_cuda=case.is_cuda, shape=(4, 2, case.head_dim), device="cuda")
+        q = SimpleNamespace(is_cuda=case.is_cuda, device="cuda")
         program = SimpleNamespace(stages=case.stages, own_keys_fill=case.own_keys_fill, engine=engine)
         return dist_attn.stage_lane(q, program, case.params)  # type: ignore[arg-type]
 
@@ -135,6 +140,14 @@ def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:
         {"own_keys_fill": False},
         {"params": AttnParams(1.0, deterministic=True)},
         {"params": AttnParams(1.0, sm_margin=8)},
-        {"head_dim": 256},
     ):
         assert isinstance(where(**change), StageLane), change
+
+
+def test_own_keys_fill_where_the_plan_says_so() -> None:
+    """One rank has a long document, and one has short ones."""
+    config = DistAttnConfig(dispatch_config=DispatchConfig(order="contiguous"))
+    plan = plan_attention(builders.varlen([0, 256, *range(272, 513, 16)], causal=True), 2, 32, config=config)
+    group: Any = SimpleNamespace(exchange=lambda *args: None)
+    programs = [RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu")) for rank in range(2)]
+    assert [program.own_keys_fill for program in programs] == plan.own_keys_fill.tolist() == [False, True]

@@ -78,7 +78,7 @@ def forward(
     return state
 
 
-def adds_in_any_order(params: AttnParams, head_dim: int) -> bool:
+def adds_in_any_order(params: AttnParams) -> bool:
     """See :meth:`magi_attention.kernels.engine.Engine.adds_in_any_order`."""
     return not params.deterministic
 

@@ -1,10 +1,12 @@
 """What an item of the backward kernel is: a window of keys, or a piece of one, with some of its query heads."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from magi_attention.kernels.hopper.walk import Walk
+from magi_attention.mask.bands import IntArray
 
 LEAST_TILES = 16
 """Tiles of a piece at least: to load keys and values and to add up dk and dv takes about as long as two of them."""
@@ -15,14 +17,15 @@ LONG_ITEM = 2048
 MOST_OUT_OF_STEP = 4
 """Query heads of an item at most where programs do not keep step."""
 
-SPREAD = 2.75
-"""Heads that programs out of step may be at, for each one whose queries the cache holds: they meet at most of them."""
+SPREAD = 2.5
+"""Heads that programs may be at, for each one whose queries the cache holds: of most heads they meet a part."""
 
 BUSY_ENOUGH = 0.85
 """Share of the time that programs must be busy in, or items are made smaller."""
 
-ITEMS_OF_A_PROGRAM = 3
-"""Items in a group of heads for each program, so that few wait where a group ends."""
+ITEMS_AT_THE_END = 3
+"""Items for each program in the last group of heads, if windows differ. They are shared out heavy ones first, so that
+all programs end together."""
 
 SAMPLES = 32
 """Tiles of queries by which to judge whether programs keep step."""
@@ -33,12 +36,12 @@ class Items(NamedTuple):
 
     Attributes:
         members: Query heads of an item: all that share a key head, or a part of them.
-        side_by_side: Of the shares of heads that items have, how many are walked at a time.
+        groups: Of the shares of heads that items have, how many are walked side by side, one group after the other.
         most_tiles: Windows with more are cut into pieces; None for windows as they are.
     """
 
     members: int
-    side_by_side: int
+    groups: tuple[int, ...]
     most_tiles: int | None = None
 
 
@@ -59,38 +62,44 @@ def backward_items(walk: Walk, heads_kv: int, group: int, programs: int, cached:
     """
     tiles = walk.windows[walk.windows[:, 3] > 0, 3].astype(np.int64)  # most first
     longest, sum_of_tiles = int(tiles.max(initial=0)), int(tiles.sum())
-    total = sum_of_tiles * heads_kv * group
-
-    def keeps_busy(members: int) -> bool:
-        shares = heads_kv * group // members
-        # Some program gets a second one of the items up to the (programs + 1)-th, none of which is shorter than that,
-        # a third one of those up to the (2 * programs + 1)-th, and so on.
-        nth = np.arange(0, len(tiles) * shares, programs)
-        least = members * int((tiles[nth // shares] * np.arange(1, len(nth) + 1)).max())
-        return total >= BUSY_ENOUGH * programs * least
-
-    def side_by_side(members: int, enough: int | None) -> int:
-        """As many shares as the cache has room for where programs are in step, or ``enough``."""
-        shares = heads_kv * group // members
-        choice = [heads for heads in range(1, max(1, min(shares, int(cached))) + 1) if shares % heads == 0]
-        return next((heads for heads in choice if enough is not None and heads >= enough), choice[-1])
-
     if longest * group <= LEAST_TILES:
-        return Items(group, side_by_side(group, None))
-    even = keeps_step(walk)
-    if even and longest * group < LONG_ITEM and keeps_busy(group):
-        return Items(group, side_by_side(group, None))
+        return Items(group, (heads_kv,))
+    few = max(1, round(programs / len(tiles)))
+    # The last group is larger the more windows differ, and largest where the average one is half of the longest.
+    differ = min(2 - 2 * sum_of_tiles / (longest * len(tiles)), 1)
+    last = min(math.ceil(ITEMS_AT_THE_END * differ * programs / len(tiles)), max(math.ceil(cached), 2 * few))
 
-    # Out of step, programs are at several heads of each share, among as many queries as an average tile's window has.
-    enough = -(-ITEMS_OF_A_PROGRAM * programs // len(walk.windows))
+    # Programs that are spread over several heads meet about as many queries of each as an average tile's window has.
     reach = int((tiles * tiles).sum()) / sum_of_tiles * walk.block_cols / walk.num_cols
+    spread = SPREAD * max(cached, 1) / reach
+    even = keeps_step(walk)
+    if even and longest * group < LONG_ITEM and keeps_busy(tiles, group, heads_kv, programs):
+        few = max(few, int(min(last, cached)))  # all groups alike: programs keep step from one to the next
+        return Items(group, head_groups(heads_kv, few, few))
     for members in range(min(group, MOST_OUT_OF_STEP), 0, -1):
-        heads = side_by_side(members, enough) if group % members == 0 else 0
-        stays_cached = even or members == 1 or members * heads * reach <= SPREAD * max(cached, 1)
-        if heads and stays_cached and keeps_busy(members):
-            return Items(members, heads)
-    most_tiles = max(LEAST_TILES, -(-total // (4 * programs)))
-    return Items(1, side_by_side(1, enough), most_tiles if longest > most_tiles else None)
+        shares = heads_kv * group // members
+        stays_cached = even or members == 1 or members * few <= spread
+        if group % members == 0 and stays_cached and keeps_busy(tiles, members, shares, programs):
+            return Items(members, head_groups(shares, few, min(last, int(spread / members))))
+    most_tiles = max(LEAST_TILES, -(-sum_of_tiles * heads_kv * group // (4 * programs)))
+    groups = head_groups(heads_kv * group, few, last)
+    return Items(1, groups, most_tiles if longest > most_tiles else None)
+
+
+def keeps_busy(tiles: IntArray, members: int, shares: int, programs: int) -> bool:
+    """Whether programs have work for most of the time that the longest items take, and rounds of items."""
+    # Some program gets a second one of the items up to the (programs + 1)-th, none of which is shorter than that, a
+    # third one of those up to the (2 * programs + 1)-th, and so on.
+    nth = np.arange(0, len(tiles) * shares, programs)
+    least = int((tiles[nth // shares] * np.arange(1, len(nth) + 1)).max())
+    return int(tiles.sum()) * shares >= BUSY_ENOUGH * programs * least
+
+
+def head_groups(shares: int, few: int, last: int) -> tuple[int, ...]:
+    """Some shares of heads at a time, and ``last`` of them at the end, if that is more."""
+    last = min(max(last, few), shares)
+    rest = shares - last
+    return (few,) * (rest // few) + (rest % few,) * (rest % few > 0) + (last,)
 
 
 def keeps_step(walk: Walk) -> bool:

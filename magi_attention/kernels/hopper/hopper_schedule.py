@@ -65,9 +65,9 @@ class DeviceWalk:
 
         return self.once(("pieces", most_tiles), pieces)
 
-    def in_batches(self, num_windows: int, groups: int, heads: int, most_tiles: int, programs: int) -> torch.Tensor:
+    def in_batches(self, num_windows: int, groups: tuple[int, ...], most_tiles: int, programs: int) -> torch.Tensor:
         """:func:`~magi_attention.kernels.hopper.batches.cut_batches` of the first windows, on the device."""
-        cut = groups, heads, most_tiles, programs
+        cut = groups, most_tiles, programs
         return self.once(
             ("batches", num_windows, *cut),
             lambda: copy_to_device(cut_batches(self.walk.windows[:num_windows, 3], *cut), self.windows.device),

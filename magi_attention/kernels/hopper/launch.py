@@ -22,7 +22,7 @@ from magi_attention.kernels.scales import Scales
 
 CONSUMER_ROWS = 64  # of scores
 CACHED_BYTES = 32 << 20
-"""Bytes of k and v, or of q and dout, that are walked at a time: most of the cache that all multiprocessors share."""
+"""Bytes of k and v, or of q, dout and dq, that are walked at a time: most of the cache that multiprocessors share."""
 
 # Registers on entry, before the roles take their own share.
 _forward = Launcher(forward_kernel, num_warps=4, maxnreg=168)
@@ -68,7 +68,7 @@ class BackwardShape(NamedTuple):
     columns: int
 
 
-# By the dimensions of a tile. Of 256, the sums of 64 keys take 128 registers a thread: each consumer has half of them.
+# By the dimensions of a tile. Of 256, sums of 64 keys, dk and dv, fill the registers of two consumers.
 BACKWARD_SHAPES = {
     64: BackwardShape(block_k=128, block_q=128, columns=64),
     128: BackwardShape(block_k=128, block_q=64, columns=128),
@@ -128,9 +128,11 @@ def launch_forward(
     if num_windows == 0:
         return
     programs = num_programs(q.device, params)
-    # Programs that go on and on let nobody else in until they end.
-    batch = FORWARD_BATCH if params.yields else None
-    args = walk_args(walk, num_windows, heads, q.shape[1] // pack, programs, batch)
+    all_heads = q.shape[1] // pack
+    if params.yields:  # programs that go on and on let nobody else in until they end
+        args = batch_args(walk, num_windows, (heads,) * (all_heads // heads), FORWARD_BATCH, programs)
+    else:
+        args = turn_args(walk, num_windows, heads, all_heads)
     k_tile = shape.block_k, 1, sizes.dim
     _forward(
         grid(args, programs),
@@ -193,9 +195,9 @@ def launch_backward(
     shape = BACKWARD_SHAPES[sizes.dim]
     walk = schedule.by_keys(shape.block_k, shape.block_q, q.device)
     programs = num_programs(q.device, params)
-    # Of a query, q, dout and dq are read and added again and again.
-    cut = sizes.heads_kv, sizes.group, programs, CACHED_BYTES / (8 * num_rows * sizes.dim)
-    members, heads, most_tiles = walk.once(("items", *cut), functools.partial(backward_items, walk.walk, *cut))
+    query_bytes = 8 * num_rows * sizes.dim  # of a head: q, dout and dq are read and added again and again
+    cut = sizes.heads_kv, sizes.group, programs, CACHED_BYTES / query_bytes
+    members, groups, most_tiles = walk.once(("items", *cut), functools.partial(backward_items, walk.walk, *cut))
     if most_tiles is not None:
         walk = walk.in_pieces(most_tiles)
     adds_up = members < sizes.group or most_tiles is not None
@@ -210,9 +212,10 @@ def launch_backward(
     else:
         k_descs = [tiles(x, k_tile) if x.dtype == k.dtype else None for x in results]
     shares = sizes.heads_kv * sizes.group // members
-    # A program a batch starts the next batch wherever one ends first; but all multiprocessors get some.
-    batch = None if params.sm_margin else max(1, BACKWARD_BATCH // members)
-    args = walk_args(walk, len(walk.windows), heads, shares, programs, batch)
+    if params.sm_margin:
+        args = turn_args(walk, len(walk.windows), heads_at_a_time(shares, query_bytes), shares)
+    else:  # a program a batch starts the next batch wherever one ends first; but all multiprocessors get some
+        args = batch_args(walk, len(walk.windows), groups, max(1, BACKWARD_BATCH // members), programs)
     launcher = _wide_backward if sizes.dim == 256 else _backward
     launcher(
         grid(args, programs),
@@ -251,17 +254,19 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def walk_args(
-    walk: DeviceWalk, num_windows: int, heads: int, all_heads: int, programs: int, batch: int | None
-) -> WalkArgs:
-    """The first windows of a walk for ``all_heads`` heads, ``heads`` at a time.
+def turn_args(walk: DeviceWalk, num_windows: int, heads: int, all_heads: int) -> WalkArgs:
+    """The first windows of a walk for ``all_heads`` heads, ``heads`` at a time, for programs that take turns."""
+    return walk_args(walk, num_windows, walk.windows[:0], heads, num_windows * all_heads)
 
-    They are in batches of up to ``batch`` tiles; with None, ``programs`` programs take turns.
-    """
-    batches, num_batches = walk.windows[:0], 0
-    if batch is not None:
-        batches = walk.in_batches(num_windows, all_heads // heads, heads, batch, programs)
-        num_batches = len(batches) - 1
+
+def batch_args(walk: DeviceWalk, num_windows: int, groups: tuple[int, ...], most_tiles: int, programs: int) -> WalkArgs:
+    """The first windows of a walk for one group of heads after the other, in batches of up to ``most_tiles`` tiles."""
+    batches = walk.in_batches(num_windows, groups, most_tiles, programs)
+    return walk_args(walk, num_windows, batches, 1, num_windows * sum(groups))
+
+
+def walk_args(walk: DeviceWalk, num_windows: int, batches: torch.Tensor, heads: int, num_items: int) -> WalkArgs:
+    """A walk as kernels take it."""
     return WalkArgs(
         walk.windows,
         walk.entries,
@@ -271,14 +276,14 @@ def walk_args(
         layer_stride=walk.starts.shape[1],
         num_windows=num_windows,
         heads=heads,
-        num_items=num_windows * all_heads,
-        num_batches=num_batches,
+        num_items=num_items,
+        num_batches=len(batches),
     )
 
 
 def grid(args: WalkArgs, programs: int) -> tuple[int, int, int]:
-    """A program for each batch and each of the heads that have it; where there are none, ``programs`` or fewer."""
-    return args.num_batches * args.heads or min(args.num_items, programs), 1, 1
+    """A program for each batch; where there are none, ``programs`` or fewer."""
+    return args.num_batches or min(args.num_items, programs), 1, 1
 
 
 def heads_at_a_time(num_heads: int, bytes_of_head: int) -> int:

@@ -20,9 +20,10 @@ ENDS = gl.constexpr(flags.ENDS)
 class WalkArgs(NamedTuple):
     """A walk, see :class:`magi_attention.kernels.hopper.walk.Walk`, as kernels take it.
 
-    Items are pairs of a window and a head. ``heads`` of them are walked side by side, so that few are in the cache at a
-    time: all windows of the first ``heads`` heads, then of the next. A program takes one of ``num_batches`` batches for
-    one head, see :mod:`magi_attention.kernels.hopper.batches`, or, if there are none, items in turns with the others.
+    Items are pairs of a window and a head. A program takes one of ``num_batches`` batches of them, see
+    :mod:`magi_attention.kernels.hopper.batches`, or, if there are none, items in turns with the others. Then ``heads``
+    are walked side by side, so that few are in the cache at a time: all windows of the first ``heads`` heads, then of
+    the next. With batches it is one.
     """
 
     windows: Any
@@ -77,7 +78,7 @@ class Turns(NamedTuple):
 
 @gluon.jit
 def find_turns(walk):
-    """The turns of this program: the windows of its batch for one head.
+    """The turns of this program: the items of its batch.
 
     Where there are no batches, programs deal the items out among themselves, one each a turn, and every second turn in
     reverse order: windows get lighter from first to last, and so two turns weigh about the same for each program.
@@ -85,10 +86,9 @@ def find_turns(walk):
     programs, program = gl.num_programs(0), gl.program_id(0)
     first, step, swing, end = program, programs, programs - 1 - 2 * program, walk.num_items
     if walk.num_batches > 0:
-        batch = walk.batches + program // walk.heads
-        first = gl.load(batch) * walk.heads + program % walk.heads
-        step, swing = walk.heads, 0
-        end = gl.load(batch + 1) * walk.heads
+        batch = walk.batches + program * 2
+        first, end = gl.load(batch), gl.load(batch + 1)
+        step, swing = 1, 0
     return Turns(first, step, swing, end)
 
 

@@ -46,8 +46,8 @@ class Exchange(NamedTuple):
     p_full: Any
     ds_tiles: Any
     ds_full: Any
-    tiles: Any
-    desc: Any
+    dq_tiles: Any
+    dq_desc: Any
 
 
 @gluon.jit
@@ -125,9 +125,9 @@ def next_tile(
     mbarrier.arrive(rings.dout.empty.index(zero), count=1)
     column = (head * 2 + CONSUMER) * HALF
     dq = warpgroup_mma_wait(2, deps=[dq])
-    add_rows(side_by_side(dq), exchange.desc, exchange.tiles.index(CONSUMER), query, column)
+    add_rows(side_by_side(dq), exchange.dq_desc, exchange.dq_tiles.index(CONSUMER), query, column)
     more_dq = warpgroup_mma_wait(1, deps=[more_dq])
-    add_rows(side_by_side(more_dq), exchange.desc, exchange.tiles.index(CONSUMER), query, column + 64)
+    add_rows(side_by_side(more_dq), exchange.dq_desc, exchange.dq_tiles.index(CONSUMER), query, column + 64)
     dk = warpgroup_mma_wait(0, deps=[dk])
     mbarrier.arrive(rings.q.empty.index(stage), count=1)
     return dk, dv

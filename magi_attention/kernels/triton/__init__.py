@@ -127,7 +127,7 @@ def backward(
     return dk, dv
 
 
-def adds_in_any_order(params: AttnParams, head_dim: int) -> bool:
+def adds_in_any_order(params: AttnParams) -> bool:
     """See :meth:`magi_attention.kernels.engine.Engine.adds_in_any_order`."""
     return False
 
