@@ -56,7 +56,7 @@ IN_HOT_LOOPS: Numbers = {
     ("256", "wide_backward_kernel ADDS_UP MEMBERS=3"): (0, 0, 0, 0),
     ("256", "wide_backward_kernel MEMBERS=6"): (0, 0, 0, 0),
     ("192, fp16, odd group, softcap, layered", "forward_kernel SOFTCAP LAYERED PART=0"): (0, 0, 0, 0),
-    ("192, fp16, odd group, softcap, layered", "wide_backward_kernel SOFTCAP LAYERED MEMBERS=3"): (0, 0, 0, 0),
+    ("192, fp16, odd group, softcap, layered", "wide_backward_kernel SOFTCAP LAYERED MEMBERS=3"): (0, 0, 0, 1),
     ("256, parts, sink", "forward_kernel PART=2"): (0, 0, 0, 0),
 }
 
