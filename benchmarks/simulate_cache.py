@@ -22,9 +22,8 @@ from attention_cases import MASKS, make_case
 from emulate_scale import parse_heads
 
 from magi_attention.kernels import hopper
-from magi_attention.kernels.hopper.backward_items import backward_items
-from magi_attention.kernels.hopper.batches import BACKWARD_BATCH
-from magi_attention.kernels.hopper.launch import BACKWARD_SHAPES, CACHED_BYTES
+from magi_attention.kernels.hopper.launch import BACKWARD_SHAPES
+from magi_attention.kernels.hopper.work import backward_work
 from magi_attention.mask.bands import IntArray
 from magi_attention.planning import plan_attention
 
@@ -73,12 +72,8 @@ class Kernel:
         """What the engine would launch."""
         shape = BACKWARD_SHAPES[HEAD_DIM]
         walk = hopper.schedule(bands, rows, keys).by_keys(shape.block_k, shape.block_q, torch.device("cpu"))
-        cached = CACHED_BYTES / (8 * rows * HEAD_DIM)
-        members, groups, most_tiles = backward_items(walk.walk, heads_kv, group, machine.programs, cached)
-        if most_tiles is not None:
-            walk = walk.in_pieces(most_tiles)
-        windows, entries = walk.walk.windows.tolist(), walk.walk.entries.tolist()
-        batches = walk.in_batches(len(windows), groups, max(1, BACKWARD_BATCH // members), machine.programs)
+        work = backward_work(walk, heads_kv, group, HEAD_DIM, machine.programs, takes_turns=False)
+        windows, entries = work.args.windows.tolist(), work.args.entries.tolist()
 
         def visited(entry: int, count: int) -> list[int]:
             tiles: list[int] = []
@@ -89,10 +84,10 @@ class Kernel:
             return tiles[:count]
 
         return cls(
-            members,
-            ITEM_TILES + ADDING_TILES * (members < group or most_tiles is not None),
+            work.members,
+            ITEM_TILES + ADDING_TILES * work.adds_up,
             [visited(entry, count) for _, _, entry, count, _ in windows],
-            [[divmod(item, len(windows)) for item in range(*batch)] for batch in batches.tolist()],
+            [[divmod(item, len(windows)) for item in range(*batch)] for batch in work.args.batches.tolist()],
         )
 
     def run(self, program: int) -> Iterator[tuple[int, int] | None]:

@@ -6,23 +6,21 @@ from typing import NamedTuple
 
 import torch
 
-from magi_attention.kernels.hopper.backward_items import backward_items
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
-from magi_attention.kernels.hopper.batches import BACKWARD_BATCH, FORWARD_BATCH
+from magi_attention.kernels.hopper.batches import FORWARD_BATCH
 from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
-from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk, HopperSchedule
+from magi_attention.kernels.hopper.hopper_schedule import HopperSchedule
 from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
 from magi_attention.kernels.hopper.pipeline import WalkArgs
 from magi_attention.kernels.hopper.row_kernels import launch_finish
 from magi_attention.kernels.hopper.wide_backward_kernel import wide_backward_kernel
+from magi_attention.kernels.hopper.work import backward_work, batch_args, heads_at_a_time, turn_args
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.scales import Scales
 
 CONSUMER_ROWS = 64  # of scores
-CACHED_BYTES = 32 << 20
-"""Bytes of k and v, or of q, dout and dq, that are walked at a time: most of the cache that multiprocessors share."""
 
 # Registers on entry, before the roles take their own share.
 _forward = Launcher(forward_kernel, num_warps=4, maxnreg=168)
@@ -195,15 +193,10 @@ def launch_backward(
     shape = BACKWARD_SHAPES[sizes.dim]
     walk = schedule.by_keys(shape.block_k, shape.block_q, q.device)
     programs = num_programs(q.device, params)
-    query_bytes = 8 * num_rows * sizes.dim  # of a head: q, dout and dq are read and added again and again
-    cut = sizes.heads_kv, sizes.group, programs, CACHED_BYTES / query_bytes
-    members, groups, most_tiles = walk.once(("items", *cut), functools.partial(backward_items, walk.walk, *cut))
-    if most_tiles is not None:
-        walk = walk.in_pieces(most_tiles)
-    adds_up = members < sizes.group or most_tiles is not None
+    work = backward_work(walk, sizes.heads_kv, sizes.group, sizes.dim, programs, takes_turns=params.sm_margin > 0)
     q_tile, k_tile = (shape.block_q, 1, shape.columns), (CONSUMER_ROWS, 1, shape.columns)
     sums: Sequence[torch.Tensor] | None = None
-    if adds_up:
+    if work.adds_up:
         if dk.dtype == torch.float32 and sizes.head_dim == sizes.dim:
             sums = dk.zero_(), dv.zero_()
         else:
@@ -211,14 +204,9 @@ def launch_backward(
         k_descs: list[Tiles | None] = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
     else:
         k_descs = [tiles(x, k_tile) if x.dtype == k.dtype else None for x in results]
-    shares = sizes.heads_kv * sizes.group // members
-    if params.sm_margin:
-        args = turn_args(walk, len(walk.windows), heads_at_a_time(shares, query_bytes), shares)
-    else:  # a program a batch starts the next batch wherever one ends first; but all multiprocessors get some
-        args = batch_args(walk, len(walk.windows), groups, max(1, BACKWARD_BATCH // members), programs)
     launcher = _wide_backward if sizes.dim == 256 else _backward
     launcher(
-        grid(args, programs),
+        grid(work.args, programs),
         tiles(copyable(q), q_tile),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
@@ -230,11 +218,11 @@ def launch_backward(
         grads.lse.shape[1],
         rows(dk),
         rows(dv),
-        args,
+        work.args,
         Scales.of(params),
         GROUP=sizes.group,
-        MEMBERS=members,
-        ADDS_UP=adds_up,
+        MEMBERS=work.members,
+        ADDS_UP=work.adds_up,
         HEAD_DIM=sizes.head_dim,
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
@@ -254,42 +242,9 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def turn_args(walk: DeviceWalk, num_windows: int, heads: int, all_heads: int) -> WalkArgs:
-    """The first windows of a walk for ``all_heads`` heads, ``heads`` at a time, for programs that take turns."""
-    return walk_args(walk, num_windows, walk.windows[:0], heads, num_windows * all_heads)
-
-
-def batch_args(walk: DeviceWalk, num_windows: int, groups: tuple[int, ...], most_tiles: int, programs: int) -> WalkArgs:
-    """The first windows of a walk for one group of heads after the other, in batches of up to ``most_tiles`` tiles."""
-    batches = walk.in_batches(num_windows, groups, most_tiles, programs)
-    return walk_args(walk, num_windows, batches, 1, num_windows * sum(groups))
-
-
-def walk_args(walk: DeviceWalk, num_windows: int, batches: torch.Tensor, heads: int, num_items: int) -> WalkArgs:
-    """A walk as kernels take it."""
-    return WalkArgs(
-        walk.windows,
-        walk.entries,
-        walk.starts,
-        walk.ends,
-        batches,
-        layer_stride=walk.starts.shape[1],
-        num_windows=num_windows,
-        heads=heads,
-        num_items=num_items,
-        num_batches=len(batches),
-    )
-
-
 def grid(args: WalkArgs, programs: int) -> tuple[int, int, int]:
     """A program for each batch; where there are none, ``programs`` or fewer."""
     return args.num_batches or min(args.num_items, programs), 1, 1
-
-
-def heads_at_a_time(num_heads: int, bytes_of_head: int) -> int:
-    """As many heads as the cache holds, a divisor of their number."""
-    fitting = max(1, min(num_heads, CACHED_BYTES // bytes_of_head))
-    return next(heads for heads in range(fitting, 0, -1) if num_heads % heads == 0)
 
 
 def num_programs(device: torch.device, params: AttnParams) -> int:

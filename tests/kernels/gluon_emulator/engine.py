@@ -177,11 +177,13 @@ class EmulatedEngine:
 
     Attributes:
         launch: The module that launches its kernels.
+        work: The module that says which items programs take.
     """
 
     def __init__(self, seed: int, num_multiprocessors: int = 5) -> None:
         self._modules = _load(Device(seed))
         self.launch: Any = self._modules[f"{PACKAGE}.launch"]
+        self.work: Any = self._modules[f"{PACKAGE}.work"]
         self.launch._num_multiprocessors = lambda device: num_multiprocessors
 
     def __getattr__(self, name: str) -> Any:
