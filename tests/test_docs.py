@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.torchrun import torchrun
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "_build" not in p.parts)
@@ -49,15 +50,7 @@ def run_script(example: Example, folder: Path) -> str:
     """Run an example that is a program of its own, over two processes."""
     script = folder / "train.py"
     script.write_text(example.source)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    for _ in range(3):
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        if "terminate called without an active exception" not in done.stderr:
-            break  # else a thread of gloo was cut off when Python ended, as the page on troubleshooting says
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return torchrun(script)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from tests.torchrun import torchrun
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -13,16 +18,17 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_train_packed_documents(tmp_path: Path) -> None:
-    program = str(EXAMPLES / "train_packed_documents.py")
+def run_alone(program: Path, *arguments: str) -> str:
+    return run(sys.executable, str(program), *arguments, "--nproc", "2")
+
+
+@pytest.mark.parametrize("start", [run_alone, torchrun])
+def test_train_packed_documents(start: Callable[..., str], tmp_path: Path) -> None:
     arguments = ("--seqlen", "400", "--steps", "3", "--chunk-size", "16", "--output", str(tmp_path))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    for launcher, options in (((sys.executable,), ("--nproc", "2")), (torchrun, ())):
-        printed = run(*launcher, program, *arguments, *options)
-        assert "largest gap between the two curves" in printed
-        for picture in ("plan.png", "loss.png"):
-            assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-            (tmp_path / picture).unlink()
+    printed = start(EXAMPLES / "train_packed_documents.py", *arguments)
+    assert "largest gap between the two curves" in printed
+    for picture in ("plan.png", "loss.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_plan_in_data_loader() -> None:

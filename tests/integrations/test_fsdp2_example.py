@@ -2,7 +2,6 @@
 
 import functools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.testing.rank_pool import RankPool
+from tests.torchrun import torchrun
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
@@ -48,12 +48,9 @@ def train_on_rank(rank: int, group: dist.ProcessGroup, arguments: list[str]) -> 
 
 def run(num_processes: int, *arguments: str) -> list[float]:
     """The losses that the program prints."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [*launcher, str(EXAMPLES / "fsdp2_llama.py"), *SMALL, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"[\d,]+ tokens/s, peak memory [\d.]+ GiB$", done.stdout, re.MULTILINE)) >= 1
-    return [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    printed = torchrun(EXAMPLES / "fsdp2_llama.py", *SMALL, *arguments, num_processes=num_processes)
+    assert len(re.findall(r"[\d,]+ tokens/s, peak memory [\d.]+ GiB$", printed, re.MULTILINE)) >= 1
+    return [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
