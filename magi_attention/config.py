@@ -224,7 +224,7 @@ class DistAttnConfig:
 def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
     if not isinstance(value, types):
         wanted = " or ".join(t.__name__ for t in types)
-        raise TypeError(f"{name} must be a {wanted}, not {value!r}")
+        raise TypeError(f"{name} must be of type {wanted}, not {value!r}")
 
 
 def _check_integer(name: str, value: object, at_least: int) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import magi_attention
+
 PACKAGE = Path(__file__).parents[1] / "magi_attention"
 
 # What each layer may import of ours, beside itself: mask -> planning -> {comm, kernels} -> runtime -> api, functional.
@@ -140,6 +142,12 @@ print(*loaded)
 )
 def test_import_loads_no_kernel_language_and_touches_no_device(module: str) -> None:
     assert loaded_by(f"import {module}", "triton", "matplotlib", "rich", "transformers") == []
+
+
+def test_the_package_finds_its_api() -> None:
+    assert loaded_by("import magi_attention\nmagi_attention.api.calc_attn\nmagi_attention.functional", "triton") == []
+    with pytest.raises(AttributeError, match="module 'magi_attention' has no attribute 'apis'"):
+        magi_attention.apis  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize("module", ["magi_attention", "magi_attention.mask", "magi_attention.planning"])

@@ -49,11 +49,11 @@ def test_bad_cost_models(options: dict[str, Any], error: type[Exception], messag
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(mode="dynamic"), TypeError, "mode must be a AttnOverlapMode, not 'dynamic'"),
+        (dict(mode="dynamic"), TypeError, "mode must be of type AttnOverlapMode, not 'dynamic'"),
         (dict(mode=AttnOverlapMode.DYNAMIC, degree=3), ValueError, "degree must be left out with mode DYNAMIC.*not 3"),
         (dict(max_degree=0), ValueError, "max_degree must be at least 1, not 0"),
         (dict(max_degree=9), ValueError, "max_degree must be at most 8, not 9"),
-        (dict(cost_model=None), TypeError, "cost_model must be a CostModel, not None"),
+        (dict(cost_model=None), TypeError, "cost_model must be of type CostModel, not None"),
     ],
 )
 def test_bad_overlap(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges, builders, from_dense
+from magi_attention.mask.integers import as_length
+from magi_attention.mask.slices import MaskTypesLike, parse_mask_types
 from magi_attention.planning import compute_pad_size
 from magi_attention.runtime.side_groups import is_on_gpus
 
@@ -67,7 +69,7 @@ def unpad_at_dim(x: torch.Tensor, dim: int, pad_size: int, side: str = "right") 
 def apply_padding(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
-    attn_mask_type: Sequence[AttnMaskType],
+    attn_mask_type: MaskTypesLike,
     total_seqlen: int,
     pad_size: int,
 ) -> Slices:
@@ -75,10 +77,23 @@ def apply_padding(
 
     The key functions pad by themselves; this is for code that pads its input before it makes a key.
 
+    Args:
+        q_ranges: Ranges of queries.
+        k_ranges: As many ranges of keys.
+        attn_mask_type: One mask type for all slices or one each.
+        total_seqlen: Rows without padding.
+        pad_size: Rows of padding.
+
     Returns:
         ``(q_ranges, k_ranges, attn_mask_type)`` for ``total_seqlen + pad_size`` rows.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a mask type is unknown, there are not as many as ranges, or a size is negative.
     """
-    q, k, types = AttnRanges.from_ranges(q_ranges), AttnRanges.from_ranges(k_ranges), list(attn_mask_type)
+    q, k = AttnRanges.from_ranges(q_ranges), AttnRanges.from_ranges(k_ranges)
+    types = [AttnMaskType.from_int_type(code) for code in parse_mask_types(attn_mask_type, len(q))]
+    total_seqlen, pad_size = as_length(total_seqlen, "total_seqlen"), as_length(pad_size, "pad_size")
     if pad_size > 0:
         q.append(AttnRange(total_seqlen, total_seqlen + pad_size))
         k.append(AttnRange(0, 0))
@@ -98,7 +113,15 @@ def squash_batch_dim(x: torch.Tensor) -> torch.Tensor:
 
 
 def full_attention_to_varlen_attention(batch_size: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``cu_seqlens_q`` and ``cu_seqlens_k``, int32, of a batch of equally long sequences packed into one."""
+    """``cu_seqlens_q`` and ``cu_seqlens_k``, int32, of a batch of equally long sequences packed into one.
+
+    Raises:
+        TypeError: If an argument is not an integer.
+        ValueError: If one is negative, or both together are more tokens than int32 counts.
+    """
+    batch_size, seq_len = as_length(batch_size, "batch_size"), as_length(seq_len, "seq_len")
+    if batch_size * seq_len >= 1 << 31:
+        raise ValueError(f"batch_size * seq_len = {batch_size} * {seq_len} is beyond int32: use smaller batches")
     cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32) * seq_len
     return cu_seqlens, cu_seqlens.clone()
 
@@ -112,7 +135,7 @@ def infer_attn_mask_from_sliding_window(q_range: AttnRange, k_range: AttnRange, 
     """The slices of a sliding window inside one rectangle, aligned at its bottom right as in flash-attention.
 
     Args:
-        q_range: The queries.
+        q_range: The queries; an :class:`~magi_attention.mask.AttnRange` or a pair.
         k_range: The keys.
         window_size: How many keys each query sees before (left) and behind (right) its own position; -1 for all.
 
@@ -120,16 +143,14 @@ def infer_attn_mask_from_sliding_window(q_range: AttnRange, k_range: AttnRange, 
         ``(q_ranges, k_ranges, attn_mask_type)``.
 
     Raises:
-        ValueError: If a window is less than -1.
+        TypeError: If a number is not an integer.
+        ValueError: If a range is none, or ``window_size`` is no pair of numbers of at least -1.
     """
-    left, right = window_size
-    if left < -1 or right < -1:
-        raise ValueError(f"window_size must be two numbers of at least -1, not {tuple(window_size)}")
-    diagonal = k_range.end - q_range.end
-    lo = k_range.start - q_range.end + 1 if left == -1 else diagonal - left
-    hi = k_range.end - 1 - q_range.start if right == -1 else diagonal + right
-    band = np.array([[q_range.start, q_range.end, k_range.start, k_range.end, lo, hi]], np.int64)
-    return AttnMask.from_bands(band, q_range.end, k_range.end).to_ranges()
+    q, k = AttnRange.from_range(q_range), AttnRange.from_range(k_range)
+    from_zero = builders.sliding_window(q.seqlen, window_size, k.seqlen)
+    shift = k.start - q.start
+    bands = from_zero.bands + np.array([q.start, q.start, k.start, k.start, shift, shift])
+    return AttnMask.from_bands(bands, q.end, k.end).to_ranges()
 
 
 def infer_attn_mask_from_cu_seqlens(
@@ -154,9 +175,7 @@ def infer_attn_mask_from_cu_seqlens(
     Raises:
         ValueError: If ``cu_seqlens`` are malformed or a size is negative.
     """
-    left, right = window_size
-    window = (left, 0 if causal else right)
-    mask = builders.global_sliding_window(cu_seqlens_q, window, global_window_size, causal, cu_seqlens_k)
+    mask = builders.global_sliding_window(cu_seqlens_q, window_size, global_window_size, causal, cu_seqlens_k)
     return *mask.to_ranges(), mask.total_seqlen_q, mask.total_seqlen_k
 
 

@@ -12,7 +12,8 @@ from magi_attention.config import DistAttnConfig
 from magi_attention.kernels.engine import choose_engine
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.validate import check_qkv, check_sink
-from magi_attention.mask import AttnMask, AttnMaskType, AttnRanges, builders
+from magi_attention.mask import AttnMask, AttnRanges, builders
+from magi_attention.mask.slices import MaskTypesLike
 from magi_attention.planning import AttnPlan, DispatchPlan, RankPlan
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.dispatch import Dispatch, GradOfGlobal, Undispatch
@@ -24,7 +25,6 @@ from magi_attention.runtime.make_key import ready_runtime
 from magi_attention.runtime.runtime import DistAttnRuntime
 
 CuSeqlens = torch.Tensor | Sequence[int]
-MaskTypes = AttnMaskType | str | Sequence[AttnMaskType | str]
 Side = Literal["q", "k"]
 
 
@@ -149,7 +149,7 @@ def magi_attn_varlen_dispatch(
 def magi_attn_flex_key(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
-    attn_mask_type: MaskTypes,
+    attn_mask_type: MaskTypesLike,
     total_seqlen_q: int,
     total_seqlen_k: int,
     pad_size: int,
@@ -172,7 +172,7 @@ def magi_attn_flex_key(
         q_ranges: Half-open ranges of queries; :class:`~magi_attention.mask.AttnRanges` or a sequence of pairs.
         k_ranges: As many ranges of keys.
         attn_mask_type: One mask type for all slices or one each: an :class:`~magi_attention.mask.AttnMaskType`,
-            ``"full"``, ``"causal"``, ``"inv_causal"`` or ``"bi_causal"``.
+            ``"full"``, ``"causal"``, ``"inv_causal"`` or ``"bi_causal"``, or their codes 0 to 3.
         total_seqlen_q: Number of queries, without padding.
         total_seqlen_k: Number of keys; equal to ``total_seqlen_q`` in self-attention.
         pad_size: Rows of padding at the end of the queries, from
@@ -220,7 +220,7 @@ def magi_attn_flex_dispatch(
     x: torch.Tensor,
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
-    attn_mask_type: MaskTypes,
+    attn_mask_type: MaskTypesLike,
     total_seqlen_q: int,
     total_seqlen_k: int,
     pad_size: int,
@@ -451,7 +451,8 @@ def set_plan_cache_capacity(capacity: int) -> None:
     """Set how many keys' plans are kept; the least recently used beyond that are dropped.
 
     Raises:
-        ValueError: If ``capacity`` is less than 1.
+        TypeError: If ``capacity`` is not an integer.
+        ValueError: If it is less than 1.
     """
     runtimes.set_capacity(capacity)
 

@@ -1,8 +1,9 @@
 """Keys of other masks over rows that are dispatched already, for models whose layers have different masks."""
 
-from magi_attention.api.magi_attn_interface import CuSeqlens, MaskTypes
+from magi_attention.api.magi_attn_interface import CuSeqlens
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask import AttnMask, AttnRanges, builders
+from magi_attention.mask.slices import MaskTypesLike
 from magi_attention.planning import AttnPlan, RankPlan, Sources
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -64,7 +65,7 @@ def make_varlen_key_for_new_mask_after_dispatch(
 def make_flex_key_for_new_mask_after_dispatch(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
-    attn_mask_type: MaskTypes,
+    attn_mask_type: MaskTypesLike,
     key_for_dispatch: DistAttnRuntimeKey,
     dist_attn_config: DistAttnConfig | None = None,
     *,

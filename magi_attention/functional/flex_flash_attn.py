@@ -1,11 +1,14 @@
 """flex_flash_attn_func: attention on one device with any mask made of slices."""
 
+from typing import Any
+
 import torch
 
 from magi_attention.functional.ops import forward_op
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.validate import check_qkv, check_sink
 from magi_attention.mask.integers import as_int
+from magi_attention.mask.ranges import AttnRanges
 
 
 def flex_flash_attn_func(
@@ -104,8 +107,8 @@ def flex_flash_attn_func(
         attn_type_map,
         None if max_seqlen_q is None else as_int(max_seqlen_q, "max_seqlen_q"),
         None if max_seqlen_k is None else as_int(max_seqlen_k, "max_seqlen_k"),
-        float(params.softmax_scale),
-        float(params.softcap),
+        params.softmax_scale,
+        params.softcap,
         params.deterministic,
         int(params.sm_margin),
         params.return_max_logits,
@@ -114,10 +117,11 @@ def flex_flash_attn_func(
     return (out, lse, max_logits) if return_max_logits else (out, lse)
 
 
-def _check_integers(name: str, x: torch.Tensor, device: torch.device, ndim: int) -> None:
+def _check_integers(name: str, x: Any, device: torch.device, ndim: int) -> None:
     """Refuse what is no integer tensor of shape ``(n, 2)`` or ``(n,)``; its values are checked when they are read."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be an int32 tensor, not {type(x).__name__}")
+        hint = ": use its to_tensor(q.device)" if isinstance(x, AttnRanges) else ""
+        raise TypeError(f"{name} must be an int32 tensor, not {type(x).__name__}{hint}")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
     if x.device != device:

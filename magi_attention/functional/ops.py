@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from magi_attention.functional.schedules import MaskTensors, compile_mask
 from magi_attention.kernels.engine import Engine, choose_engine
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.reference import accumulation_dtype
+from magi_attention.kernels.second_derivative import no_second_derivative
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -115,7 +115,7 @@ class _Differentiable(torch.autograd.Function):
         return out, lse, max_logits
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, ...]:

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
-from magi_attention.mask.integers import as_length
+from magi_attention.mask.integers import as_flag, as_length
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,16 @@ class AttnParams:
     yields: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("softmax_scale", self.softmax_scale), ("softcap", self.softcap)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+        for name in ("softmax_scale", "softcap"):
+            value = getattr(self, name)
+            if type(value) is not float:  # as it is at most calls, and this is the host's time
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    raise TypeError(f"{name} must be a number, got {value!r}")
+                object.__setattr__(self, name, float(value))
         if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
             raise ValueError(f"softmax_scale must be positive and finite, got {self.softmax_scale}")
         if not (math.isfinite(self.softcap) and self.softcap >= 0):
             raise ValueError(f"softcap must be 0 (none) or positive and finite, got {self.softcap}")
-        for name, value in (("deterministic", self.deterministic), ("return_max_logits", self.return_max_logits)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        for name in ("deterministic", "return_max_logits"):
+            object.__setattr__(self, name, as_flag(getattr(self, name), name))
         as_length(self.sm_margin, "sm_margin")

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from magi_attention.mask.integers import as_length
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.mask.overlap import find_overlap
 from magi_attention.mask.ranges import AttnRange, AttnRanges, RangesLike
-from magi_attention.mask.slices import AttnSlice, bands_to_slices, parse_mask_types, slices_to_bands
+from magi_attention.mask.slices import AttnSlice, MaskTypesLike, bands_to_slices, parse_mask_types, slices_to_bands
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +40,7 @@ class AttnMask:
         cls,
         q_ranges: RangesLike,
         k_ranges: RangesLike,
-        attn_mask_type: AttnMaskType | str | int | Sequence[AttnMaskType | str | int],
+        attn_mask_type: MaskTypesLike,
         total_seqlen_q: int,
         total_seqlen_k: int,
     ) -> "AttnMask":

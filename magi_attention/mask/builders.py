@@ -13,7 +13,7 @@ import numpy as np
 
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, ranges_to_indices
-from magi_attention.mask.integers import IntegersLike, as_cu_seqlens, as_int, as_length, as_lengths
+from magi_attention.mask.integers import IntegersLike, as_cu_seqlens, as_flag, as_int, as_length, as_lengths
 
 SeqlensLike = int | IntegersLike
 
@@ -41,10 +41,10 @@ def varlen(cu_seqlens_q: SeqlensLike, cu_seqlens_k: SeqlensLike | None = None, c
         causal: Whether each document is causal.
 
     Raises:
-        TypeError: If a length is not an integer.
+        TypeError: If a length is not an integer, or ``causal`` no flag.
         ValueError: If cumulative lengths do not begin at 0, decrease, or differ in number.
     """
-    return sliding_window(cu_seqlens_q, (-1, 0 if causal else -1), cu_seqlens_k)
+    return sliding_window(cu_seqlens_q, (-1, 0 if as_flag(causal, "causal") else -1), cu_seqlens_k)
 
 
 def sliding_window(
@@ -91,7 +91,7 @@ def global_sliding_window(
     q, k = _documents(cu_seqlens_q, cu_seqlens_k)
     diagonal = k[1:] - q[1:]
     lo, hi = _strip(diagonal, window_size)
-    seen_to = diagonal if causal else diagonal + _FAR
+    seen_to = diagonal if as_flag(causal, "causal") else diagonal + _FAR
     split = np.minimum(k[:-1] + as_length(global_size, "global_size"), k[1:])
     first_keys = _stack(q[:-1], q[1:], k[:-1], split, diagonal - _FAR, seen_to)
     window = _stack(q[:-1], q[1:], split, k[1:], lo, np.minimum(hi, seen_to))
@@ -151,7 +151,8 @@ def block_causal(cu_seqlens: SeqlensLike, block_size: int, window: int = -1, cau
     document = np.repeat(np.arange(len(count)), count)
     start = borders[document] + block_size * ranges_to_indices(np.zeros_like(count), count)
     end = np.minimum(start + block_size, borders[document + 1])
-    bands = _stack(start, end, np.maximum(borders[document], start - reach), end, -_FAR, 0 if causal else _FAR)
+    hi = 0 if as_flag(causal, "causal") else _FAR
+    bands = _stack(start, end, np.maximum(borders[document], start - reach), end, -_FAR, hi)
     return AttnMask.from_bands(bands, borders[-1], borders[-1])
 
 

@@ -61,7 +61,7 @@ def _as_bool_matrix(matrix: MatrixLike) -> NDArray[np.bool_]:
         matrix = matrix.cpu()
     dense = np.asarray(matrix)
     if dense.ndim != 2:
-        raise ValueError(f"matrix must have shape (total_seqlen_q, total_seqlen_k), got shape {dense.shape}")
+        raise ValueError(f"a dense mask must have shape (total_seqlen_q, total_seqlen_k), got shape {dense.shape}")
     if dense.dtype != np.bool_:
-        raise TypeError(f"matrix must be boolean, True where a query attends a key, got {dense.dtype}")
+        raise TypeError(f"a dense mask must be boolean, True where a query attends a key, got {dense.dtype}")
     return dense

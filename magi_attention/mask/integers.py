@@ -1,4 +1,4 @@
-"""Integers as callers give them, in Python, numpy or a tensor: checked, and turned into ``int`` or int64 arrays."""
+"""Integers and flags as callers give them, in Python, numpy or a tensor: checked, and turned into plain values."""
 
 import operator
 from collections.abc import Sequence
@@ -24,6 +24,17 @@ def as_int(value: Any, name: str) -> int:
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return operator.index(value)
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """A Python bool; what merely counts as true is more likely an argument in the wrong place.
+
+    Raises:
+        TypeError: If ``value`` is neither True nor False.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def as_length(value: Any, name: str) -> int:

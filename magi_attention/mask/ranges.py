@@ -170,9 +170,11 @@ class AttnRanges:
             name: What error messages call it.
 
         Raises:
-            TypeError: If the borders are not integers.
+            TypeError: If it is no such thing, or the borders are not integers.
             ValueError: If something is not a pair, or a range is reversed or negative.
         """
+        if isinstance(ranges, (AttnRange, str)) or not hasattr(ranges, "__iter__"):
+            raise TypeError(f"{name} must be AttnRanges, or a sequence of ranges or pairs, got {ranges!r}")
         if not isinstance(ranges, AttnRanges) and hasattr(ranges, "dtype"):
             array = as_int_array(ranges, name)
         else:

@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magi_attention.mask.bands import IntArray
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.mask.ranges import AttnRange
+
+if TYPE_CHECKING:
+    import torch
+
+MaskTypeLike = AttnMaskType | str | int
+MaskTypesLike = Union[MaskTypeLike, Sequence[MaskTypeLike], NDArray[Any], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,14 @@ def bands_to_slices(bands: IntArray) -> list[AttnSlice]:
     return slices
 
 
-def parse_mask_types(mask_types: object, count: int) -> IntArray:
-    """Codes of ``count`` slices from one mask type for all, or a sequence of one each.
+def parse_mask_types(mask_types: MaskTypesLike, count: int) -> IntArray:
+    """Codes of ``count`` slices from one mask type for all, or a sequence, array or tensor of one each.
 
     Raises:
         ValueError: If a type is unknown or the sequence has another length.
     """
+    if hasattr(mask_types, "tolist"):  # an array or a tensor
+        mask_types = mask_types.tolist()
     if isinstance(mask_types, Sequence) and not isinstance(mask_types, str):
         if len(mask_types) != count:
             raise ValueError(
@@ -72,4 +82,4 @@ def parse_mask_types(mask_types: object, count: int) -> IntArray:
                 "give one for all, or one each"
             )
         return np.array([AttnMaskType.parse(t).to_int_type() for t in mask_types], np.int64)
-    return np.full(count, AttnMaskType.parse(mask_types).to_int_type(), np.int64)  # type: ignore[arg-type]
+    return np.full(count, AttnMaskType.parse(mask_types).to_int_type(), np.int64)

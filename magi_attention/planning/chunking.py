@@ -31,9 +31,7 @@ def compute_pad_size(total_seqlen_q: int, cp_size: int, chunk_size: int) -> int:
         ("cp_size", cp_size, 1),
         ("chunk_size", chunk_size, 1),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be an integer, not {value!r}")
-        if value < least:
+        if as_int(value, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     return int(-total_seqlen_q % (cp_size * chunk_size))
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from magi_attention.config import DispatchConfig
+from magi_attention.mask.integers import as_flag
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,7 @@ class Sources:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{field.name} must be True or False, not {value!r}")
+            object.__setattr__(self, field.name, as_flag(getattr(self, field.name), field.name))
 
     def dispatch_config(self, config: DispatchConfig) -> DispatchConfig:
         """How the chunks of queries are given to ranks: as ``config`` says, but in order where they must keep theirs.

@@ -3,6 +3,7 @@
 import atexit
 from collections import OrderedDict
 
+from magi_attention.mask.integers import as_int
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.runtime import DistAttnRuntime
 
@@ -36,7 +37,9 @@ class RuntimeCache:
             ValueError: If its plan is not in the cache (any more).
         """
         if not isinstance(key, DistAttnRuntimeKey):
-            raise TypeError(f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key returns, not {key!r}")
+            raise TypeError(
+                f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key returns, not a {type(key).__name__}"
+            )
         runtime = self.find(key)
         if runtime is None:
             raise ValueError(
@@ -57,9 +60,10 @@ class RuntimeCache:
         """How many plans are kept; the least recently used beyond that are dropped.
 
         Raises:
-            ValueError: If ``capacity`` is less than 1.
+            TypeError: If ``capacity`` is not an integer.
+            ValueError: If it is less than 1.
         """
-        if capacity < 1:
+        if as_int(capacity, "capacity") < 1:
             raise ValueError(f"the plan cache needs a capacity of at least 1, not {capacity}")
         self.capacity = capacity
         self._evict()

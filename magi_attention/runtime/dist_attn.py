@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from magi_attention.comm.exchange import Cast, Exchange, Reduce
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
+from magi_attention.kernels.second_derivative import no_second_derivative
 from magi_attention.runtime.runtime import RankProgram
 from magi_attention.runtime.spans import span
 from magi_attention.runtime.stage_lane import StageLane, StageStream
@@ -109,7 +109,7 @@ class DistAttn(torch.autograd.Function):
         return out, lse, max_logits
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:

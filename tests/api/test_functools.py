@@ -35,6 +35,11 @@ def test_apply_padding_adds_rows_that_attend_nothing() -> None:
     np.testing.assert_array_equal(dense(padded, 7, 7), expected)
     assert len(ranges) == 1
     assert len(functools.apply_padding(ranges, ranges, [AttnMaskType.CAUSAL], 4, 0)[0]) == 1
+    assert functools.apply_padding(ranges, ranges, "causal", 4, 3) == padded
+    with pytest.raises(ValueError, match="attn_mask_type has 2 entries but there are 1 slices"):
+        functools.apply_padding(ranges, ranges, ["causal", "full"], 4, 3)
+    with pytest.raises(ValueError, match="pad_size must not be negative, got -3"):
+        functools.apply_padding(ranges, ranges, "causal", 4, -3)
 
 
 def test_batches() -> None:
@@ -44,12 +49,19 @@ def test_batches() -> None:
     for infer in (functools.full_attention_to_varlen_attention, functools.infer_varlen_mask_from_batch):
         cu_q, cu_k = infer(3, 5)
         assert cu_q.tolist() == cu_k.tolist() == [0, 5, 10, 15] and cu_q.dtype == torch.int32
+        with pytest.raises(ValueError, match="seq_len must not be negative, got -6"):
+            infer(2, -6)
+        with pytest.raises(TypeError, match=r"seq_len must be an integer, got 6\.5"):
+            infer(2, 6.5)
+        with pytest.raises(ValueError, match=r"batch_size .* 4 .* 536870912 is beyond int32"):
+            infer(4, 1 << 29)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (2, 0), (0, 0), (3, 1), (-1, 0), (1, -1), (100, 100)])
 @pytest.mark.parametrize(("q", "k"), [((0, 9), (0, 9)), ((3, 8), (1, 12)), ((0, 9), (4, 7))])
 def test_sliding_window_in_a_rectangle(window: tuple[int, int], q: tuple[int, int], k: tuple[int, int]) -> None:
     slices = functools.infer_attn_mask_from_sliding_window(AttnRange(*q), AttnRange(*k), window)
+    assert functools.infer_attn_mask_from_sliding_window(q, k, window) == slices
     left, right = (100 if w == -1 else w for w in window)
     expected = np.zeros((12, 12), bool)
     for i in range(*q):
@@ -59,8 +71,12 @@ def test_sliding_window_in_a_rectangle(window: tuple[int, int], q: tuple[int, in
 
 
 def test_sliding_window_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="at least -1"):
+    with pytest.raises(ValueError, match=r"window_size\[0\] must be at least 0, or -1 for no limit, got -2"):
         functools.infer_attn_mask_from_sliding_window(AttnRange(0, 4), AttnRange(0, 4), (-2, 0))
+    with pytest.raises(ValueError, match=r"window_size must be a pair \(left, right\), got 2"):
+        functools.infer_attn_mask_from_sliding_window(AttnRange(0, 4), AttnRange(0, 4), 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"window_size\[0\] must be an integer, got 2\.9"):
+        functools.infer_attn_mask_from_sliding_window(AttnRange(0, 4), AttnRange(0, 4), (2.9, 0))  # type: ignore[arg-type]
 
 
 def test_from_cu_seqlens() -> None:

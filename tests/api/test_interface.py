@@ -191,9 +191,22 @@ def test_bad_masks(local_group: dist.ProcessGroup) -> None:
         flex([(0, 4)], [(0, 4)], ["full", "causal"])
     with pytest.raises(ValueError, match="total_seqlen_q == total_seqlen_k, not 8 and 16"):
         magi_attn_flex_key([(0, 4)], [(0, 4)], "full", 8, 16, 0, 4, local_group)
+    documents = [(0, 4), (4, 8)]
+    for codes in (np.array([1, 0]), torch.tensor([1, 0])):
+        assert flex(documents, documents, codes).mask == flex(documents, documents, ["causal", "full"]).mask
+    with pytest.raises(ValueError, match=r"unknown attn_mask_type 0\.5"):
+        flex([(0, 4)], [(0, 4)], torch.tensor([0.5]))
+    for ranges in (None, 3, AttnRange(0, 4), "full"):
+        with pytest.raises(TypeError, match="q_ranges must be AttnRanges, or a sequence of ranges or pairs, got"):
+            flex(ranges, [(0, 4)])
     for name in ("is_same_source", "is_q_permutable", "is_k_permutable"):
-        with pytest.raises(TypeError, match=f"{name} must be True or False, not None"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got None"):
             magi_attn_flex_key([(0, 4)], [(0, 4)], "full", 8, 8, 0, 4, local_group, **{name: None})
+
+
+def test_a_configuration_in_the_place_of_causal(local_group: dist.ProcessGroup) -> None:
+    with pytest.raises(TypeError, match="causal must be True or False, got DistAttnConfig"):
+        magi_attn_varlen_key(CU, CU, PAD, CHUNK, local_group, None, DistAttnConfig())  # type: ignore[arg-type]
 
 
 def test_bad_cu_seqlens(local_group: dist.ProcessGroup) -> None:
@@ -301,11 +314,19 @@ def test_bad_options(key: api.DistAttnRuntimeKey) -> None:
     for options, error, message in (
         ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be positive and finite, got -1.0"),
         ({"softcap": "30"}, TypeError, "softcap must be a number, got '30'"),
+        ({"softmax_scale": True}, TypeError, "softmax_scale must be a number, got True"),
         ({"deterministic": 1}, TypeError, "deterministic must be True or False, got 1"),
         ({"sm_margin": -1}, ValueError, "sm_margin must not be negative, got -1"),
     ):
         with pytest.raises(error, match=message):
             calc_attn(x, x, x, key, **options)
+
+
+def test_any_real_number_is_a_scale(key: api.DistAttnRuntimeKey) -> None:
+    x = torch.randn(40, 1, 8)
+    expected = calc_attn(x, x, x, key, softmax_scale=2.0)
+    for scale in (2, np.float32(2), np.int64(2)):
+        assert torch.equal(calc_attn(x, x, x, key, softmax_scale=scale)[0], expected[0])
 
 
 def test_engine_by_name(key: api.DistAttnRuntimeKey) -> None:
@@ -327,9 +348,9 @@ def test_bad_configurations(local_group: dist.ProcessGroup) -> None:
         OverlapConfig(min_chunk_size=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tolerance must lie in"):
         LocalityDispatchAlg(tolerance=1.5)
-    with pytest.raises(TypeError, match="alg must be a LocalityDispatchAlg or MinHeapDispatchAlg"):
+    with pytest.raises(TypeError, match="alg must be of type LocalityDispatchAlg or MinHeapDispatchAlg"):
         DispatchConfig(alg="heap")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="overlap_config must be a OverlapConfig"):
+    with pytest.raises(TypeError, match="overlap_config must be of type OverlapConfig"):
         DistAttnConfig(overlap_config=3)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from torch.utils.checkpoint import checkpoint
 
 from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
-from magi_attention.mask import AttnMask
+from magi_attention.mask import AttnMask, AttnRanges
 from magi_attention.testing.dense_oracle import dense_attention, dense_mask, dense_max_logits, dense_scores
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
@@ -223,6 +223,7 @@ def test_bad_options() -> None:
     refuse(ValueError, "softcap", softcap=-1.0)
     refuse(ValueError, "softmax_scale", softmax_scale=0.0)
     refuse(TypeError, "softcap must be a number", softcap="1")
+    refuse(TypeError, r"q_ranges must be an int32 tensor, not AttnRanges: use its to_tensor", q_ranges=AttnRanges())
     refuse(TypeError, "max_seqlen_q must be an integer", max_seqlen_q=9.5)
     refuse(TypeError, "deterministic must be True or False", deterministic=None)
     refuse(ValueError, "engine must be one of", engine="fast")

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from magi_attention.api import calc_attn, magi_attn_varlen_key
 from magi_attention.functional import flex_flash_attn_func
 from magi_attention.functional.ops import backward_op, forward_op
 
@@ -116,11 +118,20 @@ def test_backward_operator(missing: int | None, sink: torch.Tensor | None) -> No
     opcheck(backward_op, (*grads, out, lse, q, k, v, sink, *mask, *OPTIONS))
 
 
-def test_a_second_derivative_is_refused() -> None:
+def refuses_a_second_derivative(out: torch.Tensor, q: torch.Tensor) -> None:
+    """Also where the gradient that comes in is a constant; but gradients themselves are no mistake."""
+    for loss in (out.square().sum(), out.sum()):
+        (dq,) = torch.autograd.grad(loss, q, create_graph=True)
+        (loss + dq.detach().sum()).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="there is no second derivative of this attention"):
+            dq.square().sum().backward()
+
+
+def test_a_second_derivative_is_refused(local_group: dist.ProcessGroup) -> None:
     q, k, v = inputs()
-    (dq,) = torch.autograd.grad(loss_of(q, k, v, RANGES, TYPES), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+    refuses_a_second_derivative(forward_op(q, k, v, None, RANGES, RANGES, TYPES, *OPTIONS)[0], q)
+    key = magi_attn_varlen_key([0, len(q)], [0, len(q)], 0, 1, local_group)
+    refuses_a_second_derivative(calc_attn(q, k, v, key)[0], q)
 
 
 class Seen(TorchDispatchMode):
