@@ -68,6 +68,23 @@ def test_types_and_shapes(engine: Engine, dtype: torch.dtype, head_dim: int, hea
     check_bound(run_engine(engine, problem), problem)
 
 
+@pytest.mark.parametrize(
+    ("name", "head_dim", "heads"),
+    [
+        ("varlen sliding window causal", 64, (24, 4)),
+        ("varlen sliding window causal", 128, (32, 4)),
+        ("varlen sliding window causal", 256, (12, 2)),
+        ("varlen sliding window causal", 256, (16, 2)),
+        ("full", 128, (24, 4)),
+    ],
+)
+def test_more_heads_than_the_cache_holds(engine: Engine, name: str, head_dim: int, heads: tuple[int, int]) -> None:
+    """On 132 multiprocessors hopper's backward pass walks these group after group, of unequal numbers of heads, in
+    items of some of the heads that share a key head, or of pieces of windows."""
+    problem = problem_on_gpu(engine, named_masks(1536)[name], heads, head_dim)
+    check_bound(run_engine(engine, problem), problem)
+
+
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("name", ["varlen causal", "several intervals a row"])
 def test_softcap(engine: Engine, name: str, head_dim: int) -> None:
