@@ -1,8 +1,10 @@
 """Configuration: frozen values, checked when they are built."""
 
 import math
+import operator
 from dataclasses import dataclass, field
 from enum import Enum
+from numbers import Real
 from typing import Literal, get_args
 
 
@@ -18,6 +20,7 @@ class LocalityDispatchAlg:
     tolerance: float = 0.02
 
     def __post_init__(self) -> None:
+        _make_float(self, "tolerance")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must lie in [0, 1), a fraction of the mean area, not {self.tolerance!r}")
 
@@ -104,28 +107,19 @@ class CostModel:
 
     def __post_init__(self) -> None:
         for name in ("heads_q", "heads_kv", "head_dim", "element_bytes"):
-            _check_integer(name, getattr(self, name), at_least=1)
+            _make_integer(self, name, at_least=1)
         if self.heads_q % self.heads_kv:
             raise ValueError(f"heads_q must be a multiple of heads_kv, not {self.heads_q} with {self.heads_kv}")
         for name in ("forward_tflops", "backward_tflops", "bandwidth", "hbm_bandwidth"):
-            self._make_float(name)
+            _make_float(self, name)
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         for name in ("latency", "stage_overhead", "forward_weight", "backward_weight"):
-            self._make_float(name)
+            _make_float(self, name)
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.forward_weight == self.backward_weight == 0:
             raise ValueError("forward_weight and backward_weight must not both be 0: nothing would count")
-
-    def _make_float(self, name: str) -> None:
-        """Ranks compare how their configurations are spelled, so a number is spelled in one way."""
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, not {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, not {value}")
-        object.__setattr__(self, name, float(value))
 
 
 class AttnOverlapMode(Enum):
@@ -171,9 +165,9 @@ class OverlapConfig:
         _check_type("mode", self.mode, (AttnOverlapMode,))
         _check_type("alg", self.alg, (UniformOverlapAlg,))
         _check_type("cost_model", self.cost_model, (CostModel,))
-        _check_integer("degree", self.degree, at_least=0)
-        _check_integer("min_chunk_size", self.min_chunk_size, at_least=1)
-        _check_integer("max_degree", self.max_degree, at_least=1)
+        _make_integer(self, "degree", at_least=0)
+        _make_integer(self, "min_chunk_size", at_least=1)
+        _make_integer(self, "max_degree", at_least=1)
         if self.max_degree > 8:
             raise ValueError(f"max_degree must be at most 8, not {self.max_degree}")
         if self.mode is AttnOverlapMode.DYNAMIC and self.degree != 1:
@@ -227,8 +221,21 @@ def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
         raise TypeError(f"{name} must be of type {wanted}, not {value!r}")
 
 
-def _check_integer(name: str, value: object, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _make_integer(config: object, name: str, at_least: int) -> None:
+    """Equal configurations are spelled alike, which is how ranks compare them: with Python's numbers."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, not {value}")
+    object.__setattr__(config, name, operator.index(value))
+
+
+def _make_float(config: object, name: str) -> None:
+    """See :func:`_make_integer`."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
+    object.__setattr__(config, name, float(value))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magi_attention.config import AttnOverlapMode, CostModel, DistAttnConfig, OverlapConfig
+from magi_attention.config import AttnOverlapMode, CostModel, DistAttnConfig, LocalityDispatchAlg, OverlapConfig
 
 
 def test_defaults_change_nothing() -> None:
@@ -44,6 +44,18 @@ def test_default_rates_are_the_measured_ones() -> None:
 def test_bad_cost_models(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CostModel(**options)
+
+
+def test_equal_configurations_are_spelled_alike() -> None:
+    """Ranks compare how they are spelled."""
+    for a, b in (
+        (LocalityDispatchAlg(0), LocalityDispatchAlg(0.0)),
+        (OverlapConfig(degree=np.int64(2)), OverlapConfig(degree=2)),
+        (CostModel(heads_q=np.int32(8), bandwidth=np.float32(2**35)), CostModel(heads_q=8, bandwidth=2**35)),
+    ):
+        assert a == b and repr(a) == repr(b)
+    with pytest.raises(TypeError, match="tolerance must be a number, not 'x'"):
+        LocalityDispatchAlg("x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

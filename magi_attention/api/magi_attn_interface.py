@@ -1,33 +1,35 @@
 """The interface: make a key for a mask, dispatch, attend, undispatch."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.api.mask_key import magi_attn_mask_key
+from magi_attention.api.outside_graphs import outside_graphs
 from magi_attention.config import DistAttnConfig
 from magi_attention.kernels.engine import choose_engine
+from magi_attention.kernels.on_device import on_device
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.validate import check_qkv, check_sink
 from magi_attention.mask import AttnMask, AttnRanges, builders
 from magi_attention.mask.slices import MaskTypesLike
 from magi_attention.planning import AttnPlan, DispatchPlan, RankPlan
 from magi_attention.runtime.cache import runtimes
-from magi_attention.runtime.dispatch import Dispatch, GradOfGlobal, Undispatch
+from magi_attention.runtime.dispatch import GradOfGlobal, dispatch_rows, undispatch_rows
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.groups import position_device
 from magi_attention.runtime.head_parallel import attend_by_heads, check_heads
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import ready_runtime
-from magi_attention.runtime.runtime import DistAttnRuntime
+from magi_attention.runtime.runtime import DistAttnRuntime, Side
 
 CuSeqlens = torch.Tensor | Sequence[int]
-Side = Literal["q", "k"]
 
 
+@outside_graphs
 def magi_attn_varlen_key(
     cu_seqlens_q: CuSeqlens,
     cu_seqlens_k: CuSeqlens,
@@ -89,6 +91,7 @@ def magi_attn_varlen_key(
     )
 
 
+@outside_graphs
 def magi_attn_varlen_dispatch(
     x: torch.Tensor,
     cu_seqlens_q: CuSeqlens,
@@ -146,6 +149,7 @@ def magi_attn_varlen_dispatch(
     return dispatch(x, key), key
 
 
+@outside_graphs
 def magi_attn_flex_key(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
@@ -216,6 +220,7 @@ def magi_attn_flex_key(
     )
 
 
+@outside_graphs
 def magi_attn_flex_dispatch(
     x: torch.Tensor,
     q_ranges: AttnRanges,
@@ -279,6 +284,7 @@ def magi_attn_flex_dispatch(
     return dispatch(x, key), key
 
 
+@outside_graphs
 def dispatch(
     x: torch.Tensor, key: DistAttnRuntimeKey, *, side: Side = "q", grad: GradOfGlobal = "replicated"
 ) -> torch.Tensor:
@@ -307,9 +313,10 @@ def dispatch(
     plan = _of_side(runtime, side)
     _check_grad(grad)
     _check_rows("x", x, plan.total_seqlen, f"global {_rows_of(key, side)}, without padding")
-    return Dispatch.apply(x, plan, runtime.group, grad)
+    return dispatch_rows(x, runtime.dispatch_program(side, x.device), grad)
 
 
+@outside_graphs
 def undispatch(
     x: torch.Tensor, key: DistAttnRuntimeKey, *, side: Side = "q", grad: GradOfGlobal = "replicated"
 ) -> torch.Tensor:
@@ -338,9 +345,10 @@ def undispatch(
     plan = _of_side(runtime, side)
     _check_grad(grad)
     _check_rows("x", x, plan.local_seqlens[runtime.rank], f"local {_rows_of(key, side)}")
-    return Undispatch.apply(x, plan, runtime.group, grad)
+    return undispatch_rows(x, runtime.dispatch_program(side, x.device), grad)
 
 
+@outside_graphs
 def calc_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -407,17 +415,19 @@ def calc_attn(
         _check_rows(name, tensor, rows, f"local {_rows_of(key, side)}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     params = AttnParams(scale, softcap, deterministic, sm_margin, return_max_logits)
-    program = runtime.program(choose_engine(q.device, q.dtype, q.shape[2], engine), q.device)
     results: tuple[torch.Tensor, ...]
-    if runtime.splits_heads:
-        results = attend_by_heads(q, k, v, runtime, program, params, sink)
-    else:
-        results = DistAttn.apply(q, k, v, program, params, sink)
+    with on_device(q.device):
+        program = runtime.program(choose_engine(q.device, q.dtype, q.shape[2], engine), q.device)
+        if runtime.splits_heads:
+            results = attend_by_heads(q, k, v, runtime, program, params, sink)
+        else:
+            results = DistAttn.apply(q, k, v, program, params, sink)
     if return_max_logits:
         dist.all_reduce(results[2], dist.ReduceOp.MAX, group=runtime.group)
     return results
 
 
+@outside_graphs
 def get_position_ids(key: DistAttnRuntimeKey, *, side: Side = "q") -> torch.Tensor:
     """The global position of each of this rank's rows, for RoPE and other work that depends on positions.
 
@@ -449,6 +459,9 @@ def get_most_recent_key() -> DistAttnRuntimeKey:
 
 def set_plan_cache_capacity(capacity: int) -> None:
     """Set how many keys' plans are kept; the least recently used beyond that are dropped.
+
+    128 are kept by default, each some tens of megabytes of host memory for a million tokens under a causal mask. What
+    plans take on a device is kept for the 16 used last, and made anew for others when they are used again.
 
     Raises:
         TypeError: If ``capacity`` is not an integer.
@@ -482,4 +495,4 @@ def _check_rows(name: str, x: torch.Tensor, rows: int, what: str) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
     if x.ndim == 0 or x.shape[0] != rows:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, but the key is for {rows} {what} in the first dimension")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but the key is for {rows} {what}: they come first")

@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from magi_attention.api.outside_graphs import outside_graphs
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask import AttnMask
 from magi_attention.planning import AttnPlan, RankPlan, Sources
@@ -11,6 +12,7 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import make_key
 
 
+@outside_graphs
 def magi_attn_mask_key(
     mask: AttnMask,
     pad_size: int,

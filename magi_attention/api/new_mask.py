@@ -1,6 +1,7 @@
 """Keys of other masks over rows that are dispatched already, for models whose layers have different masks."""
 
 from magi_attention.api.magi_attn_interface import CuSeqlens
+from magi_attention.api.outside_graphs import outside_graphs
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask import AttnMask, AttnRanges, builders
 from magi_attention.mask.slices import MaskTypesLike
@@ -10,6 +11,7 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import make_key_after_dispatch
 
 
+@outside_graphs
 def make_varlen_key_for_new_mask_after_dispatch(
     cu_seqlens_q: CuSeqlens,
     cu_seqlens_k: CuSeqlens,
@@ -62,6 +64,7 @@ def make_varlen_key_for_new_mask_after_dispatch(
     return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan, sources)
 
 
+@outside_graphs
 def make_flex_key_for_new_mask_after_dispatch(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,

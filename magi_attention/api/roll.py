@@ -2,12 +2,14 @@
 
 import torch
 
+from magi_attention.api.outside_graphs import outside_graphs
 from magi_attention.mask.integers import as_int
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import ready_runtime
 from magi_attention.runtime.roll import Roll
 
 
+@outside_graphs
 def roll(x: torch.Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> torch.Tensor:
     """``torch.roll`` of the global sequence, on dispatched local rows, without the global tensor.
 

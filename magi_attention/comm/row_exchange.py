@@ -46,9 +46,14 @@ class RowExchange:
 def copy_indices(indices: Sequence[IntArray], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Copy all at once, as int32: no tensor has more rows than that can count."""
     host = torch.from_numpy(np.concatenate(indices, dtype=np.int32, casting="same_kind"))
+    return copy_to_device(host, device).split([len(x) for x in indices])
+
+
+def copy_to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same tensor on a device, for which the host does not wait."""
     if device.type == "cuda":
-        host = host.pin_memory()  # so that the host does not wait for the device
-    return host.to(device, non_blocking=True).split([len(x) for x in indices])
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def flex_flash_attn_func(
         params.softmax_scale,
         params.softcap,
         params.deterministic,
-        int(params.sm_margin),
+        params.sm_margin,
         params.return_max_logits,
         engine,
     )

@@ -8,13 +8,13 @@ host more time than launching a kernel does.
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from magi_attention.functional.schedules import MaskTensors, compile_mask
 from magi_attention.kernels.engine import Engine, choose_engine
+from magi_attention.kernels.on_device import on_device
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.reference import accumulation_dtype
 from magi_attention.kernels.second_derivative import no_second_derivative
@@ -72,7 +72,7 @@ def _forward(
 ) -> Tensors:
     """``out``, ``lse``, and the highest scores, of which there are none when they are not asked for."""
     call = _prepare(q, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
-    with _on_device(q.device):
+    with on_device(q.device):
         state = call.engine.forward(q, k, v, call.schedule, call.params, sink=sink)
         max_logits = state.max_logits() if call.params.return_max_logits else state.lse.new_empty(0)
         return state.out, state.lse, max_logits
@@ -83,7 +83,7 @@ def _backward(dout: torch.Tensor | None, dlse: torch.Tensor | None, *rest: Any) 
     out, lse, q, k, v, sink, q_ranges, k_ranges, attn_type_map, *values = rest
     call = _prepare(q, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
     engine, schedule, params = call
-    with _on_device(q.device):
+    with on_device(q.device):
         grads = engine.start_backward(out, dout, lse, dlse, params)
         dk, dv = engine.backward(grads, q, k, v, schedule, params, k.dtype)
         dsink = q.new_empty(0) if sink is None else engine.sink_grad(grads, sink, params)
@@ -148,14 +148,6 @@ torch.library.register_fake("magi_attention::flex_flash_attn_backward", _fake_ba
 
 forward_op = torch.ops.magi_attention.flex_flash_attn.default
 backward_op = torch.ops.magi_attention.flex_flash_attn_backward.default
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which need not be that of the tensors."""
-    if device.type not in ("cuda", "xpu"):
-        return nullcontext()
-    module = torch.get_device_module(device)
-    return nullcontext() if device.index == module.current_device() else module.device(device)
 
 
 # What is looked up at every call, kept for every set of values; errors are raised anew.

@@ -47,4 +47,4 @@ class AttnParams:
             raise ValueError(f"softcap must be 0 (none) or positive and finite, got {self.softcap}")
         for name in ("deterministic", "return_max_logits"):
             object.__setattr__(self, name, as_flag(getattr(self, name), name))
-        as_length(self.sm_margin, "sm_margin")
+        object.__setattr__(self, "sm_margin", as_length(self.sm_margin, "sm_margin"))

@@ -1,41 +1,50 @@
 """Agreement: find out that ranks were given different masks before they send rows that nobody expects."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
 from magi_attention.runtime.side_groups import host_group
 
 
-@dataclass(frozen=True)
 class Agreement:
-    """The digests of all ranks' keys, on their way."""
+    """Whether the ranks made a key from the same arguments: asked when it is made, and answered when it is used.
 
-    mine: torch.Tensor
-    gathered: list[torch.Tensor]
-    work: dist.Work
-
-    def disagreement(self) -> str | None:
-        """Wait for the digests and compare them: on every rank, what to say when they are not all the same."""
-        self.work.wait()
-        digests = [tuple(d.tolist()) for d in self.gathered]
-        if len(set(digests)) == 1:
-            return None
-        groups = [[r for r, d in enumerate(digests) if d == digest] for digest in dict.fromkeys(digests)]
-        return (
-            "the ranks of the context-parallel group were given different masks, padding, chunk sizes or "
-            f"configurations; ranks that agree with each other: {groups}. Every rank must pass the same global mask"
-        )
-
-
-def start_agreement(digest: bytes, group: dist.ProcessGroup) -> Agreement:
-    """Start gathering the ranks' digests: 16 bytes a rank, hidden behind whatever comes next.
-
-    It is between the hosts, so that nobody waits for a GPU that is still busy with the step before.
+    The digests travel between the hosts, 16 bytes a rank, hidden behind whatever comes next: nobody waits for a GPU
+    that is still busy with the step before.
     """
-    group = host_group(group)
-    mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    work = dist.all_gather(gathered, mine, group=group, async_op=True)
-    return Agreement(mine, gathered, work)
+
+    def __init__(self) -> None:
+        self._work: dist.Work | None = None
+        self._digests: list[torch.Tensor] = []
+        self._problem: str | None = None
+
+    def ask(self, digest: bytes, group: dist.ProcessGroup) -> None:
+        """Start gathering the ranks' digests. What they made before does not count any more."""
+        group = host_group(group)
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+        self._digests = [torch.empty_like(mine) for _ in range(group.size())]
+        self._work = dist.all_gather(self._digests, mine, group=group, async_op=True)
+        self._problem = None
+
+    def settle(self) -> None:
+        """Wait for the digests.
+
+        Raises:
+            ValueError: On every rank, if they are not all the same; also later, until the ranks ask anew.
+        """
+        if self._work is not None:
+            work, self._work = self._work, None
+            work.wait()
+            self._problem = _problem([tuple(digest.tolist()) for digest in self._digests])
+        if self._problem is not None:
+            raise ValueError(self._problem)
+
+
+def _problem(digests: list[tuple[int, ...]]) -> str | None:
+    if len(set(digests)) == 1:
+        return None
+    groups = [[r for r, d in enumerate(digests) if d == digest] for digest in dict.fromkeys(digests)]
+    return (
+        "the ranks of the context-parallel group were given different masks, padding, chunk sizes or "
+        f"configurations; ranks that agree with each other: {groups}. Every rank must pass the same global mask"
+    )

@@ -9,13 +9,20 @@ from magi_attention.runtime.runtime import DistAttnRuntime
 
 DEFAULT_CAPACITY = 128
 
+ON_DEVICES = 16
+"""Of how many plans devices hold what runs are made of: some megabytes for a million tokens."""
+
 
 class RuntimeCache:
-    """Maps keys to runtimes. Forgetting one frees its plan; a backward pass that still needs it keeps its own hold."""
+    """Maps keys to runtimes. Forgetting one frees its plan; a backward pass that still needs it keeps its own hold.
+
+    Of all but the ones used last, the memory of devices is freed already.
+    """
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
         self.capacity = capacity
         self._runtimes: OrderedDict[DistAttnRuntimeKey, DistAttnRuntime] = OrderedDict()
+        self._on_devices: OrderedDict[DistAttnRuntimeKey, DistAttnRuntime] = OrderedDict()
         self._most_recent: DistAttnRuntimeKey | None = None
 
     def __len__(self) -> int:
@@ -25,8 +32,7 @@ class RuntimeCache:
         """The runtime of ``key``, or None."""
         runtime = self._runtimes.get(key)
         if runtime is not None:
-            self._runtimes.move_to_end(key)
-            self._most_recent = key
+            self._use(key, runtime)
         return runtime
 
     def get(self, key: DistAttnRuntimeKey) -> DistAttnRuntime:
@@ -52,8 +58,7 @@ class RuntimeCache:
     def put(self, key: DistAttnRuntimeKey, runtime: DistAttnRuntime) -> None:
         """Add a runtime, as the most recent."""
         self._runtimes[key] = runtime
-        self._runtimes.move_to_end(key)
-        self._most_recent = key
+        self._use(key, runtime)
         self._evict()
 
     def set_capacity(self, capacity: int) -> None:
@@ -81,11 +86,21 @@ class RuntimeCache:
     def clear(self) -> None:
         """Forget everything."""
         self._runtimes.clear()
+        self._on_devices.clear()
         self._most_recent = None
+
+    def _use(self, key: DistAttnRuntimeKey, runtime: DistAttnRuntime) -> None:
+        self._most_recent = key
+        for used in (self._runtimes, self._on_devices):
+            used[key] = runtime
+            used.move_to_end(key)
+        if len(self._on_devices) > ON_DEVICES:
+            self._on_devices.popitem(last=False)[1].free_devices()
 
     def _evict(self) -> None:
         while len(self._runtimes) > self.capacity:
-            self._runtimes.popitem(last=False)
+            key, _ = self._runtimes.popitem(last=False)
+            self._on_devices.pop(key, None)
 
 
 runtimes = RuntimeCache()

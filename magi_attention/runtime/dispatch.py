@@ -5,82 +5,104 @@ to it. Taking and gathering rows are each other's transposes when it is replicat
 taking is to place rows among zeros, and the transpose of gathering is to reduce and scatter.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from magi_attention.comm import all_gather_rows, reduce_scatter_rows
-from magi_attention.mask.bands import IntArray
+from magi_attention.comm.row_exchange import copy_to_device
 from magi_attention.planning import DispatchPlan
 
 GradOfGlobal = Literal["replicated", "partial"]
 
 
-def take_local(x: torch.Tensor, plan: DispatchPlan, rank: int) -> torch.Tensor:
-    """A rank's rows of the global ``x``, padding rows zero."""
-    local = x.index_select(0, _index(plan.position_ids(rank), x))
-    local[plan.num_real_rows(rank) :] = 0
-    return local
+@dataclass(frozen=True, eq=False)
+class DispatchProgram:
+    """A dispatch plan made ready for a rank and a device. Indices are int64, and copied there at first use.
+
+    Attributes:
+        plan: Which rank has which chunks.
+        group: The ranks.
+        device: Where the rows are.
+    """
+
+    plan: DispatchPlan
+    group: dist.ProcessGroup
+    device: torch.device
+
+    @cached_property
+    def num_real_rows(self) -> int:
+        """This rank's rows without padding, which is behind them."""
+        return self.plan.num_real_rows(self.group.rank())
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """The global row of each of this rank's rows."""
+        return copy_to_device(torch.from_numpy(self.plan.position_ids(self.group.rank())), self.device)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where each global row is among the rows of all ranks, one rank behind the other."""
+        return copy_to_device(torch.from_numpy(self.plan.places), self.device)
+
+    @cached_property
+    def gathered_positions(self) -> torch.Tensor:
+        """The global row of each row of all ranks."""
+        return copy_to_device(torch.from_numpy(self.plan.gathered_positions), self.device)
 
 
-def place_local(local: torch.Tensor, plan: DispatchPlan, rank: int) -> torch.Tensor:
-    """A global tensor with a rank's rows in their places, without the padding, and zeros elsewhere."""
-    num_rows = plan.num_real_rows(rank)
-    placed = local.new_zeros((plan.total_seqlen, *local.shape[1:]))
-    return placed.index_copy_(0, _index(plan.position_ids(rank)[:num_rows], local), local[:num_rows])
-
-
-def gather_global(local: torch.Tensor, plan: DispatchPlan, group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's rows in their global order, without the padding."""
-    gathered = all_gather_rows(local, plan.local_seqlens, group)
-    return gathered.index_select(0, _index(plan.places, local))
-
-
-def reduce_local(x: torch.Tensor, plan: DispatchPlan, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's rows of the sum of every rank's ``x``, padding rows zero."""
-    by_rank = x.index_select(0, _index(plan.gathered_positions, x))
-    local = reduce_scatter_rows(by_rank, plan.local_seqlens, group)
-    local[plan.num_real_rows(dist.get_rank(group)) :] = 0
-    return local
-
-
-class Dispatch(torch.autograd.Function):
+def dispatch_rows(x: torch.Tensor, program: DispatchProgram, grad_of_global: GradOfGlobal) -> torch.Tensor:
     """Global rows to local rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, plan: DispatchPlan, group: dist.ProcessGroup, grad_of_global: GradOfGlobal
-    ) -> torch.Tensor:
-        ctx.plan, ctx.group, ctx.partial = plan, group, grad_of_global == "partial"
-        return take_local(x, plan, dist.get_rank(group))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        if ctx.partial:
-            return place_local(grad, ctx.plan, dist.get_rank(ctx.group)), None, None, None
-        return gather_global(grad, ctx.plan, ctx.group), None, None, None
+    return _Linear.apply(x, take, place if grad_of_global == "partial" else gather, program)
 
 
-class Undispatch(torch.autograd.Function):
+def undispatch_rows(local: torch.Tensor, program: DispatchProgram, grad_of_global: GradOfGlobal) -> torch.Tensor:
     """Local rows to global rows."""
+    return _Linear.apply(local, gather, reduce if grad_of_global == "partial" else take, program)
+
+
+def take(x: torch.Tensor, program: DispatchProgram) -> torch.Tensor:
+    """A rank's rows of the global ``x``, padding rows zero."""
+    local = x.index_select(0, program.positions)
+    local[program.num_real_rows :] = 0
+    return local
+
+
+def place(local: torch.Tensor, program: DispatchProgram) -> torch.Tensor:
+    """A global tensor with a rank's rows in their places, without the padding, and zeros elsewhere."""
+    num_rows = program.num_real_rows
+    placed = local.new_zeros((program.plan.total_seqlen, *local.shape[1:]))
+    return placed.index_copy_(0, program.positions[:num_rows], local[:num_rows])
+
+
+def gather(local: torch.Tensor, program: DispatchProgram) -> torch.Tensor:
+    """Every rank's rows in their global order, without the padding. A collective."""
+    return all_gather_rows(local, program.plan.local_seqlens, program.group).index_select(0, program.places)
+
+
+def reduce(x: torch.Tensor, program: DispatchProgram) -> torch.Tensor:
+    """This rank's rows of the sum of every rank's ``x``, padding rows zero. A collective."""
+    by_rank = x.index_select(0, program.gathered_positions)
+    local = reduce_scatter_rows(by_rank, program.plan.local_seqlens, program.group)
+    local[program.num_real_rows :] = 0
+    return local
+
+
+Map = Callable[[torch.Tensor, DispatchProgram], torch.Tensor]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map of rows, whose gradient is what its transpose makes of the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, local: torch.Tensor, plan: DispatchPlan, group: dist.ProcessGroup, grad_of_global: GradOfGlobal
-    ) -> torch.Tensor:
-        ctx.plan, ctx.group, ctx.partial = plan, group, grad_of_global == "partial"
-        return gather_global(local, plan, group)
+    def forward(ctx: Any, x: torch.Tensor, forth: Map, back: Map, program: DispatchProgram) -> torch.Tensor:
+        ctx.forth, ctx.back, ctx.program = forth, back, program
+        return forth(x, program)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        if ctx.partial:
-            return reduce_local(grad, ctx.plan, ctx.group), None, None, None
-        return take_local(grad, ctx.plan, dist.get_rank(ctx.group)), None, None, None
-
-
-def _index(rows: IntArray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(rows).to(like.device, non_blocking=True)
+        return _Linear.apply(grad, ctx.back, ctx.forth, ctx.program), None, None, None

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from magi_attention.comm.exchange import Cast, Exchange, Reduce
+from magi_attention.comm.exchange import Cast, Exchange
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.kernels.second_derivative import no_second_derivative
+from magi_attention.runtime.key_grads import KeyGrads
 from magi_attention.runtime.runtime import RankProgram
 from magi_attention.runtime.spans import span
 from magi_attention.runtime.stage_lane import StageLane, StageStream
@@ -122,38 +123,30 @@ class DistAttn(torch.autograd.Function):
         query_grads = engine.start_backward(out, dout, lse, dlse, params)
         dtype = None if program.stages else k.dtype  # parts are added up before rounding
         wire_dtype = k.dtype if program.rounds_grads else None
-        homeward: Reduce | None = None
 
-        def gradients(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+        def gradients(stage: Stage, alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
             with span(f"backward {stage.name}"):
-                stage_params = beside_transfers(params, stage.alone and homeward is None)
+                stage_params = beside_transfers(params, alone)
                 return engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)
 
         before_own_keys = lane.now()
         stages = all_stages(upcoming, k, v, program)
         del upcoming
-        key_grads = gradients(next(stages))
+        own_keys = next(stages)
+        own_grads = gradients(own_keys, own_keys.alone)
         with lane.after(before_own_keys):
-            # What comes home before own keys are done must not wait for them.
-            apart = lane.overlaps and len(program.stages) > 1
-            sums = tuple(torch.zeros_like(x) for x in key_grads) if apart else key_grads
+            key_grads = KeyGrads(own_grads, apart=lane.overlaps and len(program.stages) > 1)
             for stage in stages:
-                part = gradients(stage)
+                part = gradients(stage, stage.alone and not key_grads.under_way)
                 assert stage.exchange is not None
                 with span(f"reduce {stage.name}"):
-                    previous, homeward = homeward, stage.exchange.reduce(part, wire_dtype)
-                    if previous is not None:
-                        previous.wait(into=sums)
-                    del previous, part
+                    key_grads.send_home(part, stage.exchange, wire_dtype)
+                del part  # before the next one is made
         with span("finish backward"):
             # These read and write memory only, while the last rows are on their way.
             dsink = None if sink is None else engine.sink_grad(query_grads, sink, params)
             dq = engine.finish_backward(query_grads, params, q.dtype)
             with lane.after(lane.now()):
-                if homeward is not None:
-                    homeward.wait(into=sums)
-            if apart:
-                for grad, more in zip(key_grads, sums, strict=True):
-                    grad.add_(more)
-            dk, dv = key_grads
+                key_grads.take_in()
+            dk, dv = key_grads.total()
             return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, dsink

@@ -71,9 +71,9 @@ class CpGroup:
     def exchange(self, plan: GroupCollectivePlan | TwoLevelPlan, device: torch.device) -> Exchange:
         """Make a stage's transfers ready for a device."""
         if isinstance(plan, GroupCollectivePlan):
-            return FlatExchange(RowExchange.on_device(plan, device), transfer_group(self.flat))
+            return FlatExchange(RowExchange.on_device(plan, device), transfer_group(self.flat, device))
         assert self.levels is not None
-        inter, intra = map(transfer_group, self.levels)
+        inter, intra = (transfer_group(group, device) for group in self.levels)
         return HierarchicalExchange.on_device(plan, inter, intra, device)
 
 

@@ -88,25 +88,26 @@ def _enter(
     make_plan: Callable[[], AttnPlan],
 ) -> DistAttnRuntimeKey:
     """Put a key's plan into the cache unless it is there, and start comparing the key among the ranks."""
+    planned = group.planned_for(key.config.intra_node)
+    if plan is not None:  # also where it is not needed, so that a wrong one is refused on all ranks
+        _check_plan(plan, key, planned)
     runtime = runtimes.find(key)
     if runtime is None or runtime.cp_group != group:  # a group made anew may bear the name of one that was destroyed
-        planned = group.planned_for(key.config.intra_node)
         plan = make_plan() if plan is None else plan
         rank_plan = plan.rank(planned.flat.rank()) if isinstance(plan, AttnPlan) else plan
-        _check_plan(rank_plan, key, planned)
         runtime = DistAttnRuntime(rank_plan, group)
         runtimes.put(key, runtime)
     if key.cp_size > 1:
-        runtime.start_agreement(key.digest)
+        runtime.agreement.ask(key.digest, group.flat)
     return key
 
 
-def _check_plan(plan: RankPlan, key: DistAttnRuntimeKey, ranks: CpGroup) -> None:
+def _check_plan(plan: AttnPlan | RankPlan, key: DistAttnRuntimeKey, ranks: CpGroup) -> None:
     """Refuse a plan made ahead from other arguments."""
     for name, planned, wanted in (
         ("mask", plan.mask, key.mask),
         ("cp_size", plan.dispatch.cp_size, ranks.size()),
-        ("rank", plan.rank, ranks.flat.rank()),
+        ("rank", plan.rank if isinstance(plan, RankPlan) else ranks.flat.rank(), ranks.flat.rank()),
         ("chunk_size", plan.dispatch.chunk_size, key.chunk_size),
         ("pad_size", plan.dispatch.pad_size, key.pad_size),
         ("config", plan.config, key.config),
@@ -127,5 +128,5 @@ def ready_runtime(key: DistAttnRuntimeKey) -> DistAttnRuntime:
         ValueError: If its plan was evicted, or, on every rank, if the ranks made it from different masks.
     """
     runtime = runtimes.get(key)
-    runtime.settle_agreements()
+    runtime.agreement.settle()
     return runtime

@@ -1,8 +1,8 @@
 """DistAttnRuntime: a rank's plan, its process group, and the plan made ready for a device."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,12 @@ from magi_attention.kernels.parts import make_parts
 from magi_attention.planning import DispatchPlan, RankPlan
 from magi_attention.planning.node_shares import cut_among_ranks
 from magi_attention.planning.roll_plan import plan_roll
-from magi_attention.runtime.agreement import Agreement, start_agreement
+from magi_attention.runtime.agreement import Agreement
+from magi_attention.runtime.dispatch import DispatchProgram
 from magi_attention.runtime.groups import CpGroup
 from magi_attention.runtime.roll import RollProgram
+
+Side = Literal["q", "k"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,25 +66,22 @@ class RankProgram:
         return cls(engine, local, stages, plan.blocking, plan.own_keys_fill, rounds_grads)
 
 
-@dataclass(frozen=True, eq=False)
 class DistAttnRuntime:
-    """What a key stands for on this rank.
+    """What a key stands for on this rank: its plan, and what is made of it for devices at first use.
 
     Attributes:
         plan: This rank's plan; its node's where the ranks of a node split heads.
         cp_group: The context-parallel process groups.
-        programs: The plan made ready, by engine name and device; filled at first use.
-        rolls: Shifts made ready, by number of places and device; filled at first use.
-        agreements: The check under way that the ranks agree, since the key was last made; none once it is settled.
-        disagreements: What that check said, if it failed.
+        agreement: Whether the ranks agree about the key.
     """
 
-    plan: RankPlan
-    cp_group: CpGroup
-    programs: dict[tuple[str, torch.device], RankProgram] = field(default_factory=dict)
-    rolls: dict[tuple[int, torch.device], RollProgram] = field(default_factory=dict)
-    agreements: list[Agreement] = field(default_factory=list)
-    disagreements: list[str] = field(default_factory=list)
+    def __init__(self, plan: RankPlan, cp_group: CpGroup) -> None:
+        self.plan = plan
+        self.cp_group = cp_group
+        self.agreement = Agreement()
+        self._programs: dict[tuple[str, torch.device], RankProgram] = {}
+        self._dispatches: dict[tuple[Side, torch.device], DispatchProgram] = {}
+        self._rolls: dict[tuple[int, torch.device], RollProgram] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -108,34 +108,34 @@ class DistAttnRuntime:
         """Whether the ranks of a node split heads."""
         return self.plan.config.intra_node == "heads"
 
-    def settle_agreements(self) -> None:
-        """Raise ValueError, on every rank, when the ranks made this key from different masks."""
-        while self.agreements:
-            problem = self.agreements.pop().disagreement()
-            if problem is not None:
-                self.disagreements.append(problem)
-        if self.disagreements:  # later uses fail, too, until the ranks make the key anew
-            raise ValueError(self.disagreements[0])
-
-    def start_agreement(self, digest: bytes) -> None:
-        """The key is made, or made anew: compare it among the ranks, whatever they made before."""
-        self.disagreements.clear()
-        self.agreements[:] = [start_agreement(digest, self.group)]
-
     def program(self, engine: Engine, device: torch.device) -> RankProgram:
         """The plan made ready for an engine and a device."""
         name = (engine.name, device)
-        if name not in self.programs:
+        if name not in self._programs:
             planned = self.cp_group.planned_for(self.plan.config.intra_node)
-            self.programs[name] = RankProgram.prepare(self.plan, planned, engine, device)
-        return self.programs[name]
+            self._programs[name] = RankProgram.prepare(self.plan, planned, engine, device)
+        return self._programs[name]
+
+    def dispatch_program(self, side: Side, device: torch.device) -> DispatchProgram:
+        """The chunks of queries, ``"q"``, or of keys, ``"k"``, made ready for a device."""
+        plan = self.dispatch if side == "q" else self.dispatch_k
+        name: tuple[Side, torch.device] = ("q" if plan is self.dispatch else "k", device)
+        if name not in self._dispatches:
+            self._dispatches[name] = DispatchProgram(plan, self.group, device)
+        return self._dispatches[name]
 
     def roll(self, shift: int, device: torch.device) -> RollProgram:
         """A shift of the sequence made ready for a device."""
         name = (shift % self.dispatch.total_seqlen, device)
-        if name not in self.rolls:
-            self.rolls[name] = RollProgram.on_device(plan_roll(self.dispatch, self.rank, name[0]), device)
-        return self.rolls[name]
+        if name not in self._rolls:
+            self._rolls[name] = RollProgram.on_device(plan_roll(self.dispatch, self.rank, name[0]), device)
+        return self._rolls[name]
+
+    def free_devices(self) -> None:
+        """Forget what was made for devices, which is made anew when it is needed again."""
+        self._programs.clear()
+        self._dispatches.clear()
+        self._rolls.clear()
 
     def _of_ranks(self, dispatch: DispatchPlan) -> DispatchPlan:
         return cut_among_ranks(dispatch, self.cp_group.intra.size()) if self.splits_heads else dispatch

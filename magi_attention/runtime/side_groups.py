@@ -28,13 +28,13 @@ def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return group if "cpu:" in str(dist.get_backend_config(group)) else side_group(group, "gloo")
 
 
-def transfer_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """For transfers beside computation: with NCCL, one whose kernels get the next free multiprocessor of a GPU.
+def transfer_group(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """For transfers beside computation, of tensors on a device.
 
-    Otherwise they would wait for the end of a kernel with more programs than there are multiprocessors, and the GPUs at
-    the other ends with them.
+    With NCCL it is one whose kernels get the next free multiprocessor of a GPU. Otherwise they would wait for the end
+    of a kernel with more programs than there are multiprocessors, and the GPUs at the other ends with them.
     """
-    return side_group(group, "nccl") if is_on_gpus(group) else group
+    return side_group(group, "nccl") if device.type == "cuda" and is_on_gpus(group) else group
 
 
 def side_group(group: dist.ProcessGroup, backend: Literal["gloo", "nccl"]) -> dist.ProcessGroup:

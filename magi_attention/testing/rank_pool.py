@@ -51,18 +51,26 @@ class RankPool:
         """Call ``function(rank, group, *args)`` on the first ``size`` ranks.
 
         Raises:
-            RuntimeError: If a rank raised; the message holds every such rank's traceback.
+            RuntimeError: If a rank raised or its process died; the message holds every such rank's traceback, or the
+                exit code.
         """
         if not self._processes:
             self._start()
         for connection in self._connections[:size]:
             connection.send((function, size, args))
-        replies = [connection.recv() for connection in self._connections[:size]]
+        replies = [self._reply(rank) for rank in range(size)]
         failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(replies) if text is not None]
         if failures:
             self._stop()
             raise RuntimeError("\n".join(failures))
         return [result for _, result in replies]
+
+    def _reply(self, rank: int) -> tuple[str | None, Any]:
+        try:
+            return self._connections[rank].recv()
+        except EOFError:
+            self._processes[rank].join()
+            return f"its process ended with exit code {self._processes[rank].exitcode}", None
 
     def _start(self) -> None:
         context = mp.get_context("spawn")

@@ -141,6 +141,17 @@ def test_the_cache_drops_the_least_recently_used(local_group: dist.ProcessGroup)
     assert [cache.find(key) is not None for key in keys] == [True, False, True]
 
 
+def test_devices_hold_what_was_used_last(local_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magi_attention.runtime.cache.ON_DEVICES", 2)
+    keys = [magi_attn_varlen_key([0, n], [0, n], 0, 1, local_group) for n in (4, 5, 6)]
+    made = []
+    for key in (*keys, keys[0]):
+        x = torch.zeros(key.total_seqlen_q, 1, 8)
+        assert torch.equal(calc_attn(*[dispatch(x, key)] * 3, key)[0], x)
+        made.append([len(runtimes._runtimes[key]._programs) for key in keys])
+    assert made == [[1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1]]
+
+
 def test_a_plan_made_ahead(local_group: dist.ProcessGroup) -> None:
     mask = builders.varlen(CU, causal=True)
     plan = pickle.loads(pickle.dumps(plan_attention(mask, 1, CHUNK, PAD)))
@@ -169,8 +180,10 @@ def test_a_plan_made_ahead(local_group: dist.ProcessGroup) -> None:
 )
 def test_a_plan_from_other_arguments_is_refused(local_group: dist.ProcessGroup, made, name: str) -> None:
     runtimes.clear()
-    with pytest.raises(ValueError, match=f"plan was made with {name}"):
-        magi_attn_varlen_key(CU, CU, PAD, CHUNK, local_group, causal=True, plan=made())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"plan was made with {name}"):
+            magi_attn_varlen_key(CU, CU, PAD, CHUNK, local_group, causal=True, plan=made())
+        magi_attn_varlen_key(CU, CU, PAD, CHUNK, local_group, causal=True)  # its plan is in the cache from now on
 
 
 def test_bad_masks(local_group: dist.ProcessGroup) -> None:

@@ -108,10 +108,10 @@ def test_a_shift_is_planned_once(local_group: dist.ProcessGroup) -> None:
     key = make_key(local_group)
     x = dispatch(torch.arange(float(TOTAL)), key)
     runtime = runtimes.get(key)
-    runtime.rolls.clear()
+    runtime.free_devices()
     for shift in (3, 3 - TOTAL, 3 + 5 * TOTAL):
         roll(x, shift, 0, key)
-    assert [shift for shift, _ in runtime.rolls] == [3]
+    assert [shift for shift, _ in runtime._rolls] == [3]
 
 
 def test_wrong_arguments_are_refused(local_group: dist.ProcessGroup) -> None:

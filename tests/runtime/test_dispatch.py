@@ -120,6 +120,26 @@ def test_any_shape(rank_pool: RankPool) -> None:
     rank_pool.run(shapes_and_layouts, 3)
 
 
+def gradient_penalty(rank: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a global loss that every rank computes, there and back between global and local rows, and without."""
+    key = make_key(group, uneven=True)
+    x, weight = normal(1, 37, 3).requires_grad_(), normal(2, 37, 3)
+
+    def by_rank(x: torch.Tensor) -> torch.Tensor:
+        return undispatch(dispatch(x * weight, key).sin(), key)
+
+    results = []
+    for run in (by_rank, lambda x: (x * weight).sin()):
+        (dx,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        results += torch.autograd.grad(dx.square().sum(), x)
+    return results[0], results[1]
+
+
+def test_second_derivatives(rank_pool: RankPool) -> None:
+    for actual, expected in rank_pool.run(gradient_penalty, 3):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_unknown_gradients_are_refused(local_group: dist.ProcessGroup) -> None:
     key = make_key(local_group, uneven=False)
     for use, rows in ((dispatch, 37), (undispatch, 40)):

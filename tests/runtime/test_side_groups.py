@@ -1,8 +1,10 @@
 """Side groups: made by the ranks of a group alone, whatever other groups each of them is in."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from magi_attention.runtime import side_groups
 from magi_attention.runtime.side_groups import host_group, side_group, transfer_group
 from magi_attention.testing.rank_pool import RankPool
 
@@ -30,7 +32,14 @@ def test_ranks_in_different_numbers_of_groups() -> None:
 
 
 def same_group(rank: int, group: dist.ProcessGroup) -> bool:
-    return host_group(group) is group and transfer_group(group) is group
+    cpu = torch.device("cpu")
+    if host_group(group) is not group or transfer_group(group, cpu) is not group:
+        return False
+    # A group with gloo and NCCL: only what is on a GPU needs NCCL.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side_groups, "is_on_gpus", lambda group: True)
+        patch.setattr(side_groups, "side_group", lambda group, backend: backend)
+        return transfer_group(group, cpu) is group and transfer_group(group, torch.device("cuda", 0)) == "nccl"
 
 
 def test_no_side_group_where_the_users_does_it(rank_pool: RankPool) -> None:
