@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Releases that kernels are compiled under, beside the one in constraints.txt, see tests/kernels/triton_releases.py.
-TRITONS := 3.7.0 3.8.0 3.9.0
+TRITONS := 3.6.0 3.8.0 3.9.0
 ONLY_3.9.0 := and python_version >= "3.11"
 
 .DEFAULT_GOAL := help

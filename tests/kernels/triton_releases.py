@@ -15,7 +15,7 @@ import pytest
 
 from tests.kernels.compile_kernels import CASES, Compiled
 
-RELEASES = ("3.6.0", "3.7.0", "3.8.0", "3.9.0")
+RELEASES = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 """Bytes that a program may have on every GPU whose compute capability begins with the same digit."""

@@ -121,6 +121,6 @@ def bounded_products(a, b, scales, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    decay = tl.exp2(-2.0 * LOG2_E * tl.abs(x))
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     magnitude = (1.0 - decay) / (1.0 + decay)
     return tl.where(x < 0.0, -magnitude, magnitude)
