@@ -185,7 +185,7 @@ def test_what_is_refused() -> None:
             plan_attention(mask, 2, 2, sources=CROSS)
     with pytest.raises(ValueError, match="total_seqlen_k must be at least 1"):
         plan_new_mask(AttnMask.from_slices([], [], "full", 8, 0), plan_attention(builders.full(8), 2, 2), sources=CROSS)
-    with pytest.raises(TypeError, match="is_same_source must be True or False, not None"):
+    with pytest.raises(TypeError, match="is_same_source must be True or False, got None"):
         Sources(is_same_source=None)  # type: ignore[arg-type]
 
 
