@@ -200,12 +200,12 @@ def draw_timeline(picture: Picture, plan: RankPlan, top: float) -> None:
 
     arrivals = []
     sent = 0.0
-    for n, stage in enumerate(plan.stages):
+    for n, stage in enumerate(plan.stages, 1):
         sent = block(sent, stage.collective.num_recv_rows * per_row, transfer, RANK_COLORS[1], f"{n}")
         arrivals.append(sent)
     begin = sent if plan.blocking else 0.0
     done = block(begin, int(area(plan.local_bands).sum()) * per_cell, compute, RANK_COLORS[3], "local")
-    for n, (stage, arrival) in enumerate(zip(plan.stages, arrivals, strict=True)):
+    for n, (stage, arrival) in enumerate(zip(plan.stages, arrivals, strict=True), 1):
         done = block(max(done, arrival), int(area(stage.bands).sum()) * per_cell, compute, RANK_COLORS[0], f"{n}")
 
 

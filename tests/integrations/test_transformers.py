@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from magi_attention.integrations.transformers import LayerMask, dispatch_batch, layer_masks
+from magi_attention.integrations.transformers import LayerMask, dispatch_batch, layer_masks, undispatch_output
 from magi_attention.testing.error_bound import assert_close_to_oracle
 from magi_attention.testing.rank_pool import RankPool
 
@@ -209,6 +209,7 @@ IDS = torch.zeros(2, 6, dtype=torch.int64)
     [
         ({}, {}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": IDS, "pixel_values": IDS}, {}, r"batch has \['pixel_values'\]"),
+        ({"input_ids": IDS[0]}, {}, r"batch\['input_ids'\] has shape \(6,\), but must be \(batch, seqlen\)"),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, {}, r"batch\['labels'\] has shape \(2, 5\)"),
         ({"input_ids": IDS, "attention_mask": IDS[:, None, None]}, {}, r"attention_mask'\] has shape \(2, 1, 1, 6\)"),
         ({"input_ids": IDS, "attention_mask": IDS}, {}, "the batch has no token"),
@@ -220,6 +221,19 @@ IDS = torch.zeros(2, 6, dtype=torch.int64)
 def test_batches_that_are_refused(local_group: dist.ProcessGroup, batch: dict, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dispatch_batch(batch, config_of("LlamaConfig"), 4, **{"cp_group": local_group} | options)
+
+
+def test_arguments_in_each_others_places(local_group: dist.ProcessGroup) -> None:
+    model, batch = make_model("llama", "magi_attention"), {"input_ids": IDS}
+    with pytest.raises(TypeError, match=r"config must be that of a model, model\.config, not a LlamaForCausalLM"):
+        dispatch_batch(batch, model, 4, local_group)
+    with pytest.raises(TypeError, match="batch must be a mapping with input_ids or inputs_embeds, not a Tensor"):
+        dispatch_batch(IDS, model.config, 4, local_group)
+    local = dispatch_batch(batch, model.config, 4, local_group)
+    logits = model(**local).logits
+    for wrong in ((local, logits), (logits, batch)):
+        with pytest.raises(TypeError, match="local_batch must be what dispatch_batch returned"):
+            undispatch_output(*wrong)
 
 
 def test_a_model_with_another_attention_is_refused(local_group: dist.ProcessGroup) -> None:

@@ -92,8 +92,11 @@ def check_implementation(config: Any) -> None:
     """Refuse a model whose attention would take a rank's rows for a sequence of their own.
 
     Raises:
+        TypeError: If ``config`` is none.
         ValueError: If so. A config that belongs to no model yet has no implementation, and passes.
     """
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(f"config must be that of a model, model.config, not a {type(config).__name__}")
     implementation = config.get_text_config()._attn_implementation
     if implementation not in (None, "magi_attention"):
         raise ValueError(
@@ -113,7 +116,13 @@ def undispatch_output(x: torch.Tensor, local_batch: Mapping[str, Any]) -> torch.
     Returns:
         ``(1, total_seqlen, ...)`` on every rank: the batch's rows laid one behind the other, without padding. Its
         backward pass takes this rank's rows of a gradient that is equal on every rank.
+
+    Raises:
+        TypeError: If ``local_batch`` is not what ``dispatch_batch`` returned.
+        ValueError: If ``x`` has not this rank's rows.
     """
+    if not isinstance(local_batch, Mapping) or "magi_keys" not in local_batch:
+        raise TypeError("local_batch must be what dispatch_batch returned, which has magi_keys in it")
     return undispatch(x[0], next(iter(local_batch["magi_keys"].values())))[None]
 
 
@@ -147,6 +156,8 @@ class Packed:
     @classmethod
     def pack(cls, batch: Mapping[str, Any], cu_seqlens: torch.Tensor | Sequence[int] | None) -> "Packed":
         """Lay the rows of a batch one behind the other, without padding."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"batch must be a mapping with input_ids or inputs_embeds, not a {type(batch).__name__}")
         given = {name: x for name, x in batch.items() if x is not None}
         content = _check_batch(given)
         keep, first = _documents(given, given[content], cu_seqlens)
@@ -177,11 +188,12 @@ def _check_batch(given: Mapping[str, Any]) -> str:
         ndim = 3 if name == "inputs_embeds" else 2
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"batch[{name!r}] must be a torch.Tensor, not {type(x).__name__}")
-        if x.ndim != ndim or x.shape[:2] != given[content].shape[:2]:
-            raise ValueError(
-                f"batch[{name!r}] has shape {tuple(x.shape)}, but must have {ndim} dimensions and begin as {content}, "
-                f"{tuple(given[content].shape[:2])}"
-            )
+        if x.ndim != ndim:
+            shape = "(batch, seqlen, hidden_size)" if ndim == 3 else "(batch, seqlen)"
+            raise ValueError(f"batch[{name!r}] has shape {tuple(x.shape)}, but must be {shape}")
+        if x.shape[:2] != given[content].shape[:2]:
+            begin = tuple(given[content].shape[:2])
+            raise ValueError(f"batch[{name!r}] has shape {tuple(x.shape)}, but must begin as {content}, {begin}")
     return content
 
 
