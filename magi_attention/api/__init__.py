@@ -13,6 +13,7 @@ from magi_attention.api.functools import (
     squash_batch_dim,
     unpad_at_dim,
 )
+from magi_attention.api.keys import magi_attn_mask_key
 from magi_attention.api.magi_attn_interface import (
     calc_attn,
     dispatch,
@@ -25,7 +26,6 @@ from magi_attention.api.magi_attn_interface import (
     set_plan_cache_capacity,
     undispatch,
 )
-from magi_attention.api.mask_key import magi_attn_mask_key
 from magi_attention.api.new_mask import (
     make_flex_key_for_new_mask_after_dispatch,
     make_varlen_key_for_new_mask_after_dispatch,

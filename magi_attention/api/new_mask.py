@@ -1,9 +1,10 @@
 """Keys of other masks over rows that are dispatched already, for models whose layers have different masks."""
 
-from magi_attention.api.magi_attn_interface import CuSeqlens
 from magi_attention.api.outside_graphs import outside_graphs
 from magi_attention.config import DistAttnConfig
-from magi_attention.mask import AttnMask, AttnRanges, builders
+from magi_attention.mask import AttnMask, builders
+from magi_attention.mask.builders import SeqlensLike
+from magi_attention.mask.ranges import RangesLike
 from magi_attention.mask.slices import MaskTypesLike
 from magi_attention.planning import AttnPlan, RankPlan, Sources
 from magi_attention.runtime.cache import runtimes
@@ -13,8 +14,8 @@ from magi_attention.runtime.make_key import make_key_after_dispatch
 
 @outside_graphs
 def make_varlen_key_for_new_mask_after_dispatch(
-    cu_seqlens_q: CuSeqlens,
-    cu_seqlens_k: CuSeqlens,
+    cu_seqlens_q: SeqlensLike,
+    cu_seqlens_k: SeqlensLike,
     key_for_dispatch: DistAttnRuntimeKey,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
@@ -66,8 +67,8 @@ def make_varlen_key_for_new_mask_after_dispatch(
 
 @outside_graphs
 def make_flex_key_for_new_mask_after_dispatch(
-    q_ranges: AttnRanges,
-    k_ranges: AttnRanges,
+    q_ranges: RangesLike,
+    k_ranges: RangesLike,
     attn_mask_type: MaskTypesLike,
     key_for_dispatch: DistAttnRuntimeKey,
     dist_attn_config: DistAttnConfig | None = None,
