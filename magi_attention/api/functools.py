@@ -189,7 +189,8 @@ def from_mask(mask: torch.Tensor | np.ndarray | Sequence[Sequence[bool]]) -> Sli
         ``(q_ranges, k_ranges, attn_mask_type)``.
 
     Raises:
-        ValueError: If ``mask`` is no boolean matrix or is made of too many parts.
+        TypeError: If ``mask`` is not boolean.
+        ValueError: If it does not have two dimensions, or is made of too many parts.
     """
     return from_dense(mask).to_ranges()
 

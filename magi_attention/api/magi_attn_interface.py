@@ -1,4 +1,4 @@
-"""The interface: make a key for a mask, dispatch, attend, undispatch. All of the API page is found here."""
+"""The interface: make a key for a mask, dispatch, attend, undispatch. The API page has all key functions here."""
 
 from typing import get_args
 

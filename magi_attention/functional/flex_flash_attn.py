@@ -7,7 +7,7 @@ import torch
 from magi_attention.functional.ops import forward_op
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.validate import check_qkv, check_sink
-from magi_attention.mask.integers import as_int
+from magi_attention.mask.integers import as_flag, as_int
 from magi_attention.mask.ranges import AttnRanges
 
 
@@ -46,14 +46,15 @@ def flex_flash_attn_func(
         q: Queries, ``(tokens, heads_q, head_dim)``; float32, float64, bfloat16 or float16, any strides.
         k: Keys, ``(keys, heads_kv, head_dim)``. Query head ``h`` attends key head ``h // (heads_q // heads_kv)``.
         v: Values, shaped as ``k``.
-        q_ranges: The half-open range ``(start, end)`` of each slice's queries, int32 ``(n, 2)``, on the device of
-            ``q``.
+        q_ranges: The half-open range ``(start, end)`` of each slice's queries, int32 or int64 ``(n, 2)``, on
+            the device of ``q``.
         k_ranges: The same of its keys.
         max_seqlen_q: The length of the longest range in ``q_ranges``, or more. It is only checked: the tiles are made
             from the ranges themselves.
         max_seqlen_k: The same for ``k_ranges``.
-        attn_type_map: The mask type of each slice, int32 ``(n,)``: 0 full, 1 causal (the last query of the slice sees
-            its last key), 2 inverse causal (the first query sees the first key), 3 bi-causal (both). None for all full.
+        attn_type_map: The mask type of each slice, int32 or int64 ``(n,)``: 0 full, 1 causal (the last query of the
+            slice sees its last key), 2 inverse causal (the first query sees the first key), 3 bi-causal (both). None
+            for all full.
         softmax_scale: Factor of the scores, ``head_dim ** -0.5`` by default.
         softcap: If not 0, scores ``x`` become ``softcap * tanh(x / softcap)``.
         deterministic: Whether gradients must be equal bit by bit from run to run. ``out`` and ``lse`` always are.
@@ -88,6 +89,8 @@ def flex_flash_attn_func(
     check_sink(sink, q)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     params = AttnParams(scale, softcap, deterministic, sm_margin, return_max_logits)
+    as_flag(disable_fwd_atomic_reduction, "disable_fwd_atomic_reduction")
+    as_flag(auto_range_merge, "auto_range_merge")
     _check_integers("q_ranges", q_ranges, q.device, ndim=2)
     _check_integers("k_ranges", k_ranges, q.device, ndim=2)
     if attn_type_map is not None:

@@ -121,6 +121,14 @@ def _read_and_compile(engine: Engine, mask: MaskTensors) -> CompiledMask:
     if len(unknown):
         n = unknown[0]
         raise ValueError(f"attn_type_map[{n}] is {codes[n]}: use 0 full, 1 causal, 2 inverse causal or 3 bi-causal")
+    for name, tensor, ranges, rows in (("q", "q", q_ranges, mask.num_rows), ("k", "k", k_ranges, mask.num_keys)):
+        beyond = np.flatnonzero(ranges[:, 1] > rows)
+        if len(beyond):
+            n = beyond[0]
+            raise ValueError(
+                f"{name}_ranges[{n}] = [{ranges[n, 0]}, {ranges[n, 1]}) is out of bounds: {tensor} has {rows} tokens, "
+                "which come first, before heads"
+            )
     slices = (q_ranges.tobytes(), k_ranges.tobytes(), codes.tobytes())
     return _compile(engine, slices, mask.num_rows, mask.num_keys)
 

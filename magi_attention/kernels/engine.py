@@ -11,6 +11,7 @@ from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask.bands import IntArray
+from magi_attention.mask.integers import as_int
 
 logger = logging.getLogger("magi_attention")
 
@@ -167,7 +168,13 @@ def explain(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> st
         device: Where q, k and v are.
         dtype: Their type.
         head_dim: Their last dimension.
+
+    Raises:
+        TypeError: If ``dtype`` is no ``torch.dtype`` or ``head_dim`` not an integer.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, not {dtype!r}")
+    head_dim = as_int(head_dim, "head_dim")
     lines, chosen = [], False
     for engine in ENGINES:
         reason = _objection(engine, torch.device(device), dtype, head_dim)

@@ -205,6 +205,11 @@ def test_bad_ranges() -> None:
         q_ranges=torch.tensor([[0, 5], [4, 9]]),
         k_ranges=torch.tensor([[0, 5], [0, 9]]),
     )
+    refuse(
+        ValueError,
+        r"k_ranges\[1\] = \[5, 10\) is out of bounds: k has 9 tokens, which come first, before heads",
+        k_ranges=torch.tensor([[0, 5], [5, 10]]),
+    )
     refuse(TypeError, "q_ranges must be int32 or int64", q_ranges=RANGES.float())
     refuse(TypeError, "k_ranges must be an int32 tensor", k_ranges=[[0, 5], [5, 9]])
     refuse(ValueError, r"k_ranges must have shape \(n, 2\)", k_ranges=torch.zeros(2, 3, dtype=torch.int32))
@@ -229,6 +234,7 @@ def test_bad_options() -> None:
     refuse(ValueError, "engine must be one of", engine="fast")
     refuse(ValueError, "engine='triton' was asked for, but triton runs on GPUs", engine="triton")
     refuse(TypeError, "engine must be a name", engine=1)
+    refuse(TypeError, "auto_range_merge must be True or False", auto_range_merge="yes")
     refuse(ValueError, "sm_margin must not be negative", sm_margin=-1)
 
 
