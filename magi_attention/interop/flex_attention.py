@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from magi_attention.interop.unread_index import BatchIndex, HeadIndex
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import IntArray, merge_runs, ranges_to_indices
-from magi_attention.mask.integers import as_int, as_length
+from magi_attention.mask.integers import as_length, as_size
 from magi_attention.mask.row_joiner import RowJoiner
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def mask_from_mask_mod(
             ``max_slices`` slices. The message names the first tile of those in which most bands begin.
     """
     total_q, total_k = as_length(total_seqlen_q, "total_seqlen_q"), as_length(total_seqlen_k, "total_seqlen_k")
-    if as_int(block_size, "block_size") < 1:
-        raise ValueError(f"block_size must be at least 1, not {block_size}")
+    block_size = as_size(block_size, "block_size")
     grid = _Grid(total_q, total_k, block_size, block_size)
     strip = _Strip(np.array([[0, total_k]]), NO_RUNS)
     return _detect(mask_mod, grid, (strip for _ in grid.row_starts), torch.device(device), max_slices)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from magi_attention.mask import drawing
 from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, merge_runs, row_intervals, tighten
-from magi_attention.mask.integers import as_length
+from magi_attention.mask.integers import as_int, as_length
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.mask.overlap import find_overlap
 from magi_attention.mask.ranges import AttnRange, AttnRanges, RangesLike
@@ -131,8 +131,10 @@ class AttnMask:
         """The half-open key intervals that query ``row`` attends, ascending, joined where they touch.
 
         Raises:
-            ValueError: If ``row`` is not a query of the mask.
+            TypeError: If ``row`` is no integer.
+            ValueError: If it is not a query of the mask.
         """
+        row = as_int(row, "row")
         if not 0 <= row < self.total_seqlen_q:
             raise ValueError(f"row {row} is out of bounds: the mask has queries 0 to {self.total_seqlen_q - 1}")
         alive = self.bands[(self.bands[:, Q0] <= row) & (row < self.bands[:, Q1])]

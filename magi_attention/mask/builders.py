@@ -13,7 +13,7 @@ import numpy as np
 
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, ranges_to_indices
-from magi_attention.mask.integers import IntegersLike, as_cu_seqlens, as_flag, as_int, as_length, as_lengths
+from magi_attention.mask.integers import IntegersLike, as_cu_seqlens, as_flag, as_int, as_length, as_lengths, as_size
 
 SeqlensLike = int | IntegersLike
 
@@ -143,9 +143,7 @@ def block_causal(cu_seqlens: SeqlensLike, block_size: int, window: int = -1, cau
             below -1.
     """
     borders = _borders(cu_seqlens, "cu_seqlens")
-    block_size = as_length(block_size, "block_size")
-    if block_size == 0:
-        raise ValueError("block_size must be at least 1, got 0")
+    block_size = as_size(block_size, "block_size")
     reach = min(_limit(window, "window") * block_size, _FAR)
     count = -(-np.diff(borders) // block_size)
     document = np.repeat(np.arange(len(count)), count)
@@ -186,7 +184,8 @@ def prefix_tree(nodes: Sequence[tuple[int, int]]) -> AttnMask:
     seen_by: list[list[list[int]]] = []  # of each node, the runs of rows that attend its keys
     keys = []
     for n, (parent, length) in enumerate(nodes):
-        if not -1 <= as_int(parent, f"nodes[{n}][0]") < n:
+        parent = as_int(parent, f"nodes[{n}][0]")
+        if not -1 <= parent < n:
             raise ValueError(f"nodes[{n}] has parent {parent}: it must be an earlier node, or -1 for none")
         start, offset = offset, offset + as_length(length, f"nodes[{n}][1]")
         parents.append(parent)
@@ -228,9 +227,10 @@ def _strip(diagonal: IntArray, window_size: tuple[int, int]) -> tuple[IntArray, 
 
 
 def _limit(size: int, name: str) -> int:
-    if as_int(size, name) < -1:
+    size = as_int(size, name)
+    if size < -1:
         raise ValueError(f"{name} must be at least 0, or -1 for no limit, got {size}")
-    return _FAR if size == -1 else int(size)
+    return _FAR if size == -1 else size
 
 
 def _borders(cu_seqlens: SeqlensLike, name: str) -> IntArray:

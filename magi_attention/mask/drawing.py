@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from magi_attention.mask.bands import K0, Q0, IntArray, area, crop
+from magi_attention.mask.integers import as_size
 
 FULL, PARTIAL, EMPTY = "█", "▒", "·"
 
@@ -44,10 +45,10 @@ def draw(bands: IntArray, total_seqlen_q: int, total_seqlen_k: int, max_size: in
         max_size: Most characters a side.
 
     Raises:
-        ValueError: If ``max_size`` is not positive.
+        TypeError: If ``max_size`` is no integer.
+        ValueError: If it is not positive.
     """
-    if max_size < 1:
-        raise ValueError(f"max_size must be at least 1, got {max_size}")
+    max_size = as_size(max_size, "max_size")
     areas, cells = _coarse(bands, total_seqlen_q, total_seqlen_k, max_size)
     symbols = np.where(areas == 0, EMPTY, np.where(areas == cells, FULL, PARTIAL))
     block_q, block_k = _block_size(total_seqlen_q, max_size), _block_size(total_seqlen_k, max_size)

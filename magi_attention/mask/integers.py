@@ -1,4 +1,8 @@
-"""Integers and flags as callers give them, in Python, numpy or a tensor: checked, and turned into plain values."""
+"""Integers and flags as callers give them, in Python, numpy or a tensor: checked, and turned into plain values.
+
+To check an integer is to convert it: what a caller gave is not used again. Integers of numpy and torch would pass a
+check and then count in their own way: ``-np.uint32(500)`` is 4294966796, and what is made of a tensor is a tensor.
+"""
 
 import operator
 from collections.abc import Sequence
@@ -21,9 +25,16 @@ def as_int(value: Any, name: str) -> int:
     Raises:
         TypeError: If ``value`` is not an integer.
     """
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+    if type(value) is int:
+        return value
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+    try:
+        number = None if is_bool else operator.index(value)
+    except TypeError:  # also what has __index__, such as a tensor of floats
+        number = None
+    if number is None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    return operator.index(value)
+    return number
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -48,6 +59,19 @@ def as_length(value: Any, name: str) -> int:
     if length < 0:
         raise ValueError(f"{name} must not be negative, got {length}")
     return length
+
+
+def as_size(value: Any, name: str) -> int:
+    """A Python int that is at least 1.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+        ValueError: If it is less than 1.
+    """
+    size = as_int(value, name)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, not {size}")
+    return size
 
 
 def as_int_array(values: Any, name: str) -> IntArray:

@@ -1,8 +1,10 @@
 """The four published mask types of a slice."""
 
+from contextlib import suppress
 from enum import Enum
-from operator import index
 from typing import SupportsIndex
+
+from magi_attention.mask.integers import as_int
 
 
 class AttnMaskType(Enum):
@@ -33,8 +35,11 @@ class AttnMaskType(Enum):
         if isinstance(value, str):
             if value.lower() in _BY_NAME:
                 return _BY_NAME[value.lower()]
-        elif not isinstance(value, bool) and hasattr(value, "__index__") and 0 <= index(value) < len(_BY_CODE):
-            return _BY_CODE[index(value)]
+        else:
+            with suppress(TypeError):
+                code = as_int(value, "attn_mask_type")
+                if 0 <= code < len(_BY_CODE):
+                    return _BY_CODE[code]
         names = ", ".join(repr(member.value) for member in cls)
         raise ValueError(f"unknown attn_mask_type {value!r}: use an AttnMaskType, one of {names}, or a code 0 to 3")
 
@@ -47,9 +52,10 @@ class AttnMaskType(Enum):
         """The mask type of an ``attn_type_map`` code.
 
         Raises:
-            ValueError: If ``code`` is not 0, 1, 2 or 3.
+            TypeError: If ``code`` is no integer.
+            ValueError: If it is not 0, 1, 2 or 3.
         """
-        return cls.parse(int(code))
+        return cls.parse(as_int(code, "code"))
 
 
 _BY_CODE = list(AttnMaskType)

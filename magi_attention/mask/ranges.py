@@ -67,12 +67,13 @@ class AttnRange:
 
     def offset(self, offset: int) -> "AttnRange":
         """The range moved by so many positions."""
+        offset = as_int(offset, "offset")
         return AttnRange(self.start + offset, self.end + offset)
 
     def truncate(self, start: int | None = None, end: int | None = None) -> "AttnRange":
         """The part between ``start`` and ``end``; None leaves that side as it is."""
-        first = self.start if start is None else max(self.start, start)
-        last = self.end if end is None else min(self.end, end)
+        first = self.start if start is None else max(self.start, as_int(start, "start"))
+        last = self.end if end is None else min(self.end, as_int(end, "end"))
         return AttnRange(first, max(first, last))
 
     def intersect(self, other: "AttnRange") -> "AttnRange":

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, relocate
+from magi_attention.mask.integers import as_int, as_size
 from magi_attention.planning.chunking import ChunkWork, check_pad_size
 from magi_attention.planning.density import own_keys_fill
 from magi_attention.planning.dispatch_plan import DispatchPlan
@@ -72,8 +73,10 @@ class AttnPlan:
         """One rank's part.
 
         Raises:
+            TypeError: If ``rank`` is no integer.
             ValueError: If ``rank`` is not one of the plan's ranks.
         """
+        rank = as_int(rank, "rank")
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank {rank} is out of bounds: the plan has ranks 0 to {self.cp_size - 1}")
         own_keys = self.dispatch_k.runs(rank)
@@ -152,9 +155,10 @@ def plan_attention(
 
     Raises:
         TypeError: If a size is no integer.
-        ValueError: If the mask is empty, or not square though queries and keys are of the same source, or the padding
-            does not fit.
+        ValueError: If ``cp_size`` or ``chunk_size`` is less than 1, the mask is empty, or not square though queries and
+            keys are of the same source, or the padding does not fit.
     """
+    cp_size, chunk_size = as_size(cp_size, "cp_size"), as_size(chunk_size, "chunk_size")
     config = DistAttnConfig() if config is None else config
     dispatch_config = sources.dispatch_config(config.dispatch_config)
     total = mask.total_seqlen_q

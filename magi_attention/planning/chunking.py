@@ -7,7 +7,7 @@ import numpy as np
 
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, area, crop
-from magi_attention.mask.integers import as_int
+from magi_attention.mask.integers import as_int, as_length, as_size
 from magi_attention.planning.runs import GroupedRuns, sum_by_group
 
 
@@ -26,14 +26,9 @@ def compute_pad_size(total_seqlen_q: int, cp_size: int, chunk_size: int) -> int:
         TypeError: If an argument is no integer.
         ValueError: If ``total_seqlen_q`` is negative or another argument less than 1.
     """
-    for name, value, least in (
-        ("total_seqlen_q", total_seqlen_q, 0),
-        ("cp_size", cp_size, 1),
-        ("chunk_size", chunk_size, 1),
-    ):
-        if as_int(value, name) < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
-    return int(-total_seqlen_q % (cp_size * chunk_size))
+    total_seqlen_q = as_length(total_seqlen_q, "total_seqlen_q")
+    cp_size, chunk_size = as_size(cp_size, "cp_size"), as_size(chunk_size, "chunk_size")
+    return -total_seqlen_q % (cp_size * chunk_size)
 
 
 def check_pad_size(total_seqlen: int, cp_size: int, chunk_size: int, pad_size: int | None, uneven: bool) -> int:
@@ -50,6 +45,7 @@ def check_pad_size(total_seqlen: int, cp_size: int, chunk_size: int, pad_size: i
         TypeError: If an argument is no integer.
         ValueError: If a size is out of bounds, or the padded sequence cannot be cut as it must be.
     """
+    cp_size, chunk_size = as_size(cp_size, "cp_size"), as_size(chunk_size, "chunk_size")
     fitting = compute_pad_size(total_seqlen, cp_size, chunk_size)
     if pad_size is None:
         pad_size = 0 if uneven else fitting

@@ -82,7 +82,7 @@ def test_text_of_a_million_tokens_has_no_dense_matrix_behind_it() -> None:
 
 
 def test_max_size_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="max_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_size must be at least 1, not 0"):
         builders.causal(4).draw(max_size=0)
 
 

@@ -1,7 +1,10 @@
 """Balance is a hard constraint; rows moved are what is minimised under it."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,3 +99,9 @@ def test_compute_pad_size_refuses_nonsense() -> None:
         compute_pad_size(8, 2, 0)
     with pytest.raises(TypeError, match="cp_size must be an integer"):
         compute_pad_size(8, 2.0, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", [np.uint8, np.uint32, np.int64, np.array, torch.tensor])
+def test_compute_pad_size_of_integers_of_any_form(form: Callable) -> None:
+    pad_size = compute_pad_size(form(200), form(2), form(48))
+    assert pad_size == 88 and type(pad_size) is int

@@ -1,9 +1,11 @@
 """The laws that hold for every plan, checked for all ranks at once, in one process."""
 
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -216,6 +218,20 @@ def test_plans_are_deterministic_and_survive_pickling() -> None:
 def test_bad_arguments(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_attention(named_masks(64)["causal"], **arguments)
+
+
+@pytest.mark.parametrize("form", [np.uint8, np.uint32, np.int64, np.array, torch.tensor])
+def test_sizes_and_ranks_of_any_form(form: Callable) -> None:
+    mask = named_masks(203)["varlen causal"]
+    plan, usual = plan_attention(mask, form(3), form(32), form(85)), plan_attention(mask, 3, 32, 85)
+    for name in ("total_seqlen", "pad_size", "chunk_size", "cp_size"):
+        size = getattr(plan.dispatch, name)
+        assert size == getattr(usual.dispatch, name) and type(size) is int
+    np.testing.assert_array_equal(plan.dispatch.owner, usual.dispatch.owner)
+    rank_plan = plan.rank(form(1))
+    assert type(rank_plan.rank) is int and rank_plan.area == usual.rank(1).area
+    with pytest.raises(TypeError, match=r"rank must be an integer, got 1\.0"):
+        plan.rank(1.0)
 
 
 def test_rank_out_of_bounds() -> None:
