@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask import drawing
+from magi_attention.mask.attn_range import AttnRange
 from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, merge_runs, row_intervals, tighten
 from magi_attention.mask.integers import as_int, as_length
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.mask.overlap import find_overlap
-from magi_attention.mask.ranges import AttnRange, AttnRanges, RangesLike
+from magi_attention.mask.ranges import AttnRanges, RangesLike
 from magi_attention.mask.slices import AttnSlice, MaskTypesLike, bands_to_slices, parse_mask_types, slices_to_bands
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.mask.attn_range import AttnRange
 from magi_attention.mask.bands import IntArray
 from magi_attention.mask.mask_type import AttnMaskType
-from magi_attention.mask.ranges import AttnRange
 
 if TYPE_CHECKING:
     import torch
