@@ -16,45 +16,30 @@ from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.key_dispatch import dispatch_keys
 from magi_attention.planning.load_balance import contiguous, min_heap, zigzag
 from magi_attention.planning.locality import locality
-from magi_attention.planning.overlap import OverlapChoice, is_blocking, route_in_stages
+from magi_attention.planning.overlap import route_in_stages
 from magi_attention.planning.rank_plan import RankPlan, StagePlan
 from magi_attention.planning.routing import GroupCollectivePlan, Routes, route_stage
+from magi_attention.planning.shared_plan import SharedPlan
 from magi_attention.planning.sources import SELF_ATTENTION, Sources
 from magi_attention.planning.two_level import MeshShape, TwoLevelPlan, align_stages, route_two_levels
 
 
-@dataclass(frozen=True, eq=False)
-class AttnPlan:
-    """The plan of a mask over ``cp_size`` ranks: a picklable value, the same on every rank.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttnPlan(SharedPlan):
+    """The plan of a mask over ``cp_size`` ranks, all of them: a picklable value without a process group or a device.
+
+    It follows from the mask, the sizes and the configuration alone, and not from who plans. So ranks that plan with
+    equal arguments, and the same releases of this library and of numpy, have equal plans without a word between them.
+
+    Its attributes are those of :class:`~magi_attention.planning.shared_plan.SharedPlan`, and:
 
     Attributes:
-        mask: The global mask.
-        config: The configuration it was planned with.
-        dispatch: The chunks of queries of all ranks.
-        dispatch_k: The chunks of keys; ``dispatch`` itself where they are of the same source.
         work: Area and needed keys of each chunk of queries.
         routes: All rows that travel.
-        sources: Where queries and keys come from.
-        dispatch_of: The mask that the queries' chunks were given to ranks for; None for ``mask`` itself.
-        overlap_choice: Why there are as many stages as there are; None where the configuration says how many.
-        mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
     """
 
-    mask: AttnMask
-    config: DistAttnConfig
-    dispatch: DispatchPlan
-    dispatch_k: DispatchPlan
     work: ChunkWork
     routes: Routes
-    sources: Sources = SELF_ATTENTION
-    dispatch_of: AttnMask | None = None
-    overlap_choice: OverlapChoice | None = None
-    mesh_shape: MeshShape | None = None
-
-    @property
-    def blocking(self) -> bool:
-        """Whether rows are waited for before anything is computed (overlap degree 0)."""
-        return is_blocking(self.config.overlap_config, self.overlap_choice)
 
     @cached_property
     def own_keys_fill(self) -> NDArray[np.bool_]:
@@ -63,11 +48,6 @@ class AttnPlan:
         See :mod:`magi_attention.planning.density`. On none, where rows are waited for before anything is computed.
         """
         return own_keys_fill(self.work, self.dispatch) & (not self.blocking)
-
-    @property
-    def cp_size(self) -> int:
-        """Number of ranks."""
-        return self.dispatch.cp_size
 
     def rank(self, rank: int) -> RankPlan:
         """One rank's part.
@@ -88,18 +68,11 @@ class AttnPlan:
             collective, runs = self._route(rank, stage)
             stages.append(StagePlan(collective, runs, relocate(rank_bands, local_rows, runs)))
         return RankPlan(
-            self.mask,
-            self.config,
-            self.dispatch,
-            self.dispatch_k,
-            rank,
-            relocate(rank_bands, local_rows, own_keys),
-            tuple(stages),
-            bool(self.own_keys_fill[rank]),
-            self.sources,
-            self.dispatch_of,
-            self.overlap_choice,
-            self.mesh_shape,
+            **self.shared(),
+            rank=rank,
+            local_bands=relocate(rank_bands, local_rows, own_keys),
+            stages=tuple(stages),
+            own_keys_fill=bool(self.own_keys_fill[rank]),
         )
 
     def on_mesh(self, mesh_shape: tuple[int, int] | None) -> "AttnPlan":
@@ -226,7 +199,17 @@ def _plan_keys(
             needs, mask.total_seqlen_k, dispatch.chunk_size, dispatch.cp_size, sources.is_k_permutable
         )
     routes, choice = route_in_stages(mask, work, dispatch, dispatch_k, config)
-    return AttnPlan(mask, config, dispatch, dispatch_k, work, routes, sources, dispatch_of, choice)
+    return AttnPlan(
+        mask=mask,
+        config=config,
+        dispatch=dispatch,
+        dispatch_k=dispatch_k,
+        sources=sources,
+        dispatch_of=dispatch_of,
+        overlap_choice=choice,
+        work=work,
+        routes=routes,
+    )
 
 
 def check_new_mask(

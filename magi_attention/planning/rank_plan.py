@@ -3,14 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from magi_attention.config import DistAttnConfig
-from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, area
-from magi_attention.planning.dispatch_plan import DispatchPlan
-from magi_attention.planning.overlap import OverlapChoice, is_blocking
 from magi_attention.planning.routing import GroupCollectivePlan
-from magi_attention.planning.sources import SELF_ATTENTION, Sources
-from magi_attention.planning.two_level import MeshShape, TwoLevelPlan
+from magi_attention.planning.shared_plan import SharedPlan
+from magi_attention.planning.two_level import TwoLevelPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,37 +24,23 @@ class StagePlan:
     bands: IntArray
 
 
-@dataclass(frozen=True, eq=False)
-class RankPlan:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RankPlan(SharedPlan):
     """One rank's part of a plan: all that it needs to run. A picklable value without a process group or a device.
 
+    Its attributes are those of :class:`~magi_attention.planning.shared_plan.SharedPlan`, and:
+
     Attributes:
-        mask: The global mask.
-        config: The configuration it was planned with.
-        dispatch: The chunks of queries of all ranks.
-        dispatch_k: The chunks of keys; ``dispatch`` itself where they are of the same source.
         rank: This rank.
         local_bands: What the rank's queries attend among its own keys, in local rows.
         stages: The remote work, in order. Every rank has the same number of stages.
         own_keys_fill: Whether own keys fill what stages leave in the backward pass, if the engine allows it.
-        sources: Where queries and keys come from.
-        dispatch_of: The mask that the queries' chunks were given to ranks for; None for ``mask`` itself.
-        overlap_choice: Why there are as many stages as there are; None where the configuration says how many.
-        mesh_shape: Nodes, and ranks in each, where rows travel in two levels; None where they travel in one.
     """
 
-    mask: AttnMask
-    config: DistAttnConfig
-    dispatch: DispatchPlan
-    dispatch_k: DispatchPlan
     rank: int
     local_bands: IntArray
     stages: tuple[StagePlan, ...]
     own_keys_fill: bool
-    sources: Sources = SELF_ATTENTION
-    dispatch_of: AttnMask | None = None
-    overlap_choice: OverlapChoice | None = None
-    mesh_shape: MeshShape | None = None
 
     @property
     def local_seqlen_q(self) -> int:
@@ -69,11 +51,6 @@ class RankPlan:
     def local_seqlen_k(self) -> int:
         """Rows of keys and values on this rank."""
         return self.dispatch_k.local_seqlens[self.rank]
-
-    @property
-    def blocking(self) -> bool:
-        """Whether rows are waited for before anything is computed (overlap degree 0)."""
-        return is_blocking(self.config.overlap_config, self.overlap_choice)
 
     @property
     def num_recv_rows(self) -> int:

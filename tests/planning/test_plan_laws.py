@@ -206,6 +206,15 @@ def test_plans_are_deterministic_and_survive_pickling() -> None:
             np.testing.assert_array_equal(x.bands, y.bands)
 
 
+def test_a_rank_has_what_it_shares_with_the_plan() -> None:
+    config = DistAttnConfig(overlap_config=OverlapConfig(degree=0))
+    plan = plan_attention(named_masks(203)["varlen causal"], 4, 8, config=config).on_mesh((2, 2))
+    part = plan.rank(2)
+    assert set(plan.shared()) == set(part.shared()) and plan.mesh_shape == (2, 2)
+    assert all(getattr(part, name) is getattr(plan, name) for name in plan.shared())
+    assert part.blocking and plan.blocking and part.cp_size == plan.cp_size == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
