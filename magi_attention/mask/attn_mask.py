@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from magi_attention.mask import drawing
 from magi_attention.mask.attn_range import AttnRange
 from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, merge_runs, row_intervals, tighten
-from magi_attention.mask.integers import as_int, as_length
+from magi_attention.mask.integers import as_int, as_int_array, as_length
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.mask.overlap import find_overlap
 from magi_attention.mask.ranges import AttnRanges, RangesLike
@@ -24,17 +24,32 @@ class AttnMask:
     """Which query attends which key, for a whole sequence.
 
     Masks are values: immutable, hashable, picklable, equal when they are made of the same bands. Build one from slices
-    with :meth:`from_slices`, or with a function of :mod:`magi_attention.mask.builders`.
+    with :meth:`from_slices`, which finds slices that overlap, or with a function of
+    :mod:`magi_attention.mask.builders`. The constructor and :meth:`from_bands` trust bands to share no cell and to lie
+    inside the sequence; the constructor also trusts them to be tight and sorted, as :meth:`from_bands` makes them.
 
     Attributes:
         total_seqlen_q: Number of queries.
         total_seqlen_k: Number of keys.
         bands: int64 array of shape ``(n, 6)``, read-only, see :mod:`magi_attention.mask.bands`; no two share a cell.
+
+    Raises:
+        TypeError: If a length is no integer, or bands are not integers.
+        ValueError: If a length is negative, or bands have another shape.
     """
 
     total_seqlen_q: int
     total_seqlen_k: int
     bands: IntArray
+
+    def __post_init__(self) -> None:
+        for name in ("total_seqlen_q", "total_seqlen_k"):
+            object.__setattr__(self, name, as_length(getattr(self, name), name))
+        bands = _as_bands(self.bands)
+        if bands.flags.writeable:  # the caller's own array
+            bands = bands.copy()
+            bands.flags.writeable = False
+        object.__setattr__(self, "bands", bands)
 
     @classmethod
     def from_slices(
@@ -86,10 +101,10 @@ class AttnMask:
     @classmethod
     def from_bands(cls, bands: IntArray, total_seqlen_q: int, total_seqlen_k: int) -> "AttnMask":
         """The mask made of bands that are known to share no cell and to lie inside the sequence."""
-        bands = tighten(bands)[0]
+        bands = tighten(_as_bands(bands))[0]
         bands = np.ascontiguousarray(bands[np.lexsort((bands[:, K0], bands[:, Q0]))])
         bands.flags.writeable = False
-        return cls(int(total_seqlen_q), int(total_seqlen_k), bands)
+        return cls(total_seqlen_q, total_seqlen_k, bands)
 
     @cached_property
     def digest(self) -> bytes:
@@ -163,3 +178,10 @@ class AttnMask:
 
     def __repr__(self) -> str:
         return f"AttnMask({self.total_seqlen_q} x {self.total_seqlen_k}, {len(self.bands)} bands, area {self.area})"
+
+
+def _as_bands(bands: IntArray) -> IntArray:
+    bands = as_int_array(bands, "bands")
+    if bands.ndim != 2 or bands.shape[1] != 6:
+        raise ValueError(f"bands must have shape (n, 6), rows of (q0, q1, k0, k1, lo, hi), got shape {bands.shape}")
+    return bands

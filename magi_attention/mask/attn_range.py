@@ -39,14 +39,14 @@ class AttnRange:
             raise ValueError(f"a range needs 0 <= start <= end, got start {self.start} and end {self.end}")
 
     @classmethod
-    def from_range(cls, attn_range: RangeLike) -> "AttnRange":
-        """An AttnRange as it is, or one made of a ``(start, end)`` pair."""
+    def from_range(cls, attn_range: RangeLike, name: str = "a range") -> "AttnRange":
+        """An AttnRange as it is, or one made of a ``(start, end)`` pair; error messages call it ``name``."""
         if isinstance(attn_range, cls):
             return attn_range
         try:
             start, end = attn_range  # type: ignore[misc]
         except (TypeError, ValueError):
-            raise ValueError(f"a range is an AttnRange or a pair (start, end), got {attn_range!r}") from None
+            raise ValueError(f"{name} must be an AttnRange or a pair (start, end), got {attn_range!r}") from None
         return cls(start, end)
 
     @property

@@ -7,7 +7,7 @@ also be given by its length, an int. All positions below are of one document; no
 Where queries and keys differ in number, the last query is aligned with the last key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -177,13 +177,13 @@ def prefix_tree(nodes: Sequence[tuple[int, int]]) -> AttnMask:
             index of an earlier node, or -1 for a root; there may be several roots.
 
     Raises:
-        TypeError: If an entry is not an integer.
+        TypeError: If ``nodes`` is no sequence of pairs, or an entry is not an integer.
         ValueError: If a parent does not come before its child, or a length is negative.
     """
     parents, offset = [], 0
     seen_by: list[list[list[int]]] = []  # of each node, the runs of rows that attend its keys
     keys = []
-    for n, (parent, length) in enumerate(nodes):
+    for n, (parent, length) in enumerate(_pairs(nodes)):
         parent = as_int(parent, f"nodes[{n}][0]")
         if not -1 <= parent < n:
             raise ValueError(f"nodes[{n}] has parent {parent}: it must be an earlier node, or -1 for none")
@@ -212,6 +212,17 @@ def cu_seqlens_from_lengths(lengths: IntegersLike) -> IntArray:
         ValueError: If a length is negative.
     """
     return np.concatenate(([0], np.cumsum(as_lengths(lengths, "lengths"))))
+
+
+def _pairs(nodes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    if not isinstance(nodes, Iterable):
+        raise TypeError(f"nodes must be pairs (parent, length), got {nodes!r}")
+    for n, node in enumerate(nodes):
+        try:
+            parent, length = node
+        except (TypeError, ValueError):
+            raise TypeError(f"nodes[{n}] must be a pair (parent, length), got {node!r}") from None
+        yield parent, length
 
 
 def _stack(*columns: IntArray | int) -> IntArray:

@@ -28,7 +28,8 @@ def from_dense(matrix: MatrixLike, max_slices: int = 4096) -> AttnMask:
 
     Raises:
         TypeError: If ``matrix`` is not boolean.
-        ValueError: If ``matrix`` does not have two dimensions, or needs more than ``max_slices`` slices.
+        ValueError: If ``matrix`` does not have two dimensions, its rows differ in length, or it needs more than
+            ``max_slices`` slices.
     """
     dense = _as_bool_matrix(matrix)
     joiner = RowJoiner()
@@ -59,9 +60,12 @@ def _intervals_by_row(dense: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
 def _as_bool_matrix(matrix: MatrixLike) -> NDArray[np.bool_]:
     if hasattr(matrix, "cpu"):  # a tensor, perhaps of another device
         matrix = matrix.cpu()
-    dense = np.asarray(matrix)
+    try:
+        dense = np.asarray(matrix)
+    except ValueError:
+        raise ValueError("matrix must be rectangular, but its rows differ in length") from None
     if dense.ndim != 2:
-        raise ValueError(f"a dense mask must have shape (total_seqlen_q, total_seqlen_k), got shape {dense.shape}")
+        raise ValueError(f"matrix must have shape (total_seqlen_q, total_seqlen_k), got shape {dense.shape}")
     if dense.dtype != np.bool_:
-        raise TypeError(f"a dense mask must be boolean, True where a query attends a key, got {dense.dtype}")
+        raise TypeError(f"matrix must be boolean, True where a query attends a key, got {dense.dtype}")
     return dense

@@ -6,6 +6,7 @@ check and then count in their own way: ``-np.uint32(500)`` is 4294966796, and wh
 
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
@@ -25,16 +26,13 @@ def as_int(value: Any, name: str) -> int:
     Raises:
         TypeError: If ``value`` is not an integer.
     """
-    if type(value) is int:
-        return value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
-    try:
-        number = None if is_bool else operator.index(value)
-    except TypeError:  # also what has __index__, such as a tensor of floats
-        number = None
-    if number is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    return number
+    if not is_bool:
+        with suppress(TypeError):  # not all that has __index__ is an integer: a tensor of floats has it, too
+            return operator.index(value)
+    raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def as_flag(value: Any, name: str) -> bool:

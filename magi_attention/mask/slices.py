@@ -21,11 +21,29 @@ MaskTypesLike = Union[MaskTypeLike, Sequence[MaskTypeLike], NDArray[Any], "torch
 
 @dataclass(frozen=True)
 class AttnSlice:
-    """One rectangle of a mask: the queries of ``q_range`` attend the keys of ``k_range`` as ``mask_type`` says."""
+    """One rectangle of a mask: the queries of ``q_range`` attend the keys of ``k_range`` as ``mask_type`` says.
+
+    Attributes:
+        q_range: The queries; a pair ``(start, end)`` becomes an AttnRange.
+        k_range: The keys.
+        mask_type: The type; its string or code becomes the type.
+
+    Raises:
+        TypeError: If a border of a range is no integer.
+        ValueError: If a range is no range, or the type is unknown.
+    """
 
     q_range: AttnRange
     k_range: AttnRange
     mask_type: AttnMaskType = AttnMaskType.FULL
+
+    def __post_init__(self) -> None:
+        for name in ("q_range", "k_range"):
+            value = getattr(self, name)
+            if type(value) is not AttnRange:
+                object.__setattr__(self, name, AttnRange.from_range(value, name))
+        if type(self.mask_type) is not AttnMaskType:
+            object.__setattr__(self, "mask_type", AttnMaskType.parse(self.mask_type))
 
     def __str__(self) -> str:
         q, k = self.q_range, self.k_range

@@ -10,6 +10,7 @@ from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispat
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, relocate
 from magi_attention.mask.integers import as_int, as_size
+from magi_attention.planning.check_types import check_config, check_mask, check_plan, check_sources
 from magi_attention.planning.chunking import ChunkWork, check_pad_size
 from magi_attention.planning.density import own_keys_fill
 from magi_attention.planning.dispatch_plan import DispatchPlan
@@ -127,12 +128,15 @@ def plan_attention(
         The plan of all ranks; ``plan.rank(r)`` is one rank's part.
 
     Raises:
-        TypeError: If a size is no integer.
+        TypeError: If an argument has the wrong type.
         ValueError: If ``cp_size`` or ``chunk_size`` is less than 1, the mask is empty, or not square though queries and
             keys are of the same source, or the padding does not fit.
     """
+    check_mask(mask)
     cp_size, chunk_size = as_size(cp_size, "cp_size"), as_size(chunk_size, "chunk_size")
     config = DistAttnConfig() if config is None else config
+    check_config(config, "config")
+    check_sources(sources)
     dispatch_config = sources.dispatch_config(config.dispatch_config)
     total = mask.total_seqlen_q
     if sources.is_same_source and total != mask.total_seqlen_k:
@@ -173,10 +177,16 @@ def plan_new_mask(
         The plan of all ranks, on the same mesh.
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If ``mask`` is over another number of rows, ``config`` would give chunks to ranks otherwise, or
             the plan's own keys are of another source than its queries.
     """
+    check_mask(mask)
+    check_plan(plan)
     config = plan.config if config is None else config
+    check_config(config, "config")
+    if sources is not None:
+        check_sources(sources)
     sources, dispatch_of = check_new_mask(mask, plan, config, sources)
     dispatch = plan.dispatch
     work = ChunkWork.measure(mask, dispatch.chunk_size, len(dispatch.owner), sources.is_same_source)

@@ -8,6 +8,7 @@ from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.integers import as_int
 from magi_attention.planning import AttnPlan, RankPlan, Sources, plan_attention, plan_new_mask
 from magi_attention.planning.attn_plan import check_new_mask
+from magi_attention.planning.check_types import check_config, check_plan
 from magi_attention.planning.chunking import check_pad_size
 from magi_attention.planning.sources import SELF_ATTENTION
 from magi_attention.runtime.cache import runtimes
@@ -75,10 +76,9 @@ def make_key_after_dispatch(
 
 
 def _check_types(config: DistAttnConfig, plan: AttnPlan | RankPlan | None) -> None:
-    if not isinstance(config, DistAttnConfig):
-        raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {config!r}")
-    if plan is not None and not isinstance(plan, (AttnPlan, RankPlan)):
-        raise TypeError(f"plan must be what plan_attention returns, or one rank's part of it, not {plan!r}")
+    check_config(config, "dist_attn_config")
+    if plan is not None:
+        check_plan(plan)
 
 
 def _enter(

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -58,6 +59,31 @@ def test_equal_when_made_of_the_same_bands() -> None:
     ]
     assert len({a, *others}) == 5
     assert a != "a mask"
+
+
+def test_a_mask_made_of_bands_keeps_its_own() -> None:
+    bands = builders.causal(4).bands.copy()
+    mask = AttnMask(np.uint8(4), torch.tensor(4), bands)
+    bands[0] = 0
+    assert mask == builders.causal(4) and type(mask.total_seqlen_q) is type(mask.total_seqlen_k) is int
+    assert not mask.bands.flags.writeable and mask == AttnMask.from_bands(mask.bands.tolist(), 4, 4)
+
+
+@pytest.mark.parametrize("make", [lambda *args: AttnMask(*args), lambda q, k, bands: AttnMask.from_bands(bands, q, k)])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((4, 4, [[0, 4, 0, 4]]), ValueError, r"bands must have shape \(n, 6\), .* got shape \(1, 4\)"),
+        ((4, 4, [0, 4, 0, 4, -3, 0]), ValueError, r"bands must have shape .* got shape \(6,\)"),
+        ((4, 4, [[0, 4, 0, 4, -3, 0.5]]), TypeError, "bands must hold integers, got float64"),
+        ((4, 4, None), TypeError, "bands must hold integers"),
+        ((4.0, 4, [[0, 4, 0, 4, -3, 0]]), TypeError, r"total_seqlen_q must be an integer, got 4\.0"),
+        ((4, -4, [[0, 4, 0, 4, -3, 0]]), ValueError, "total_seqlen_k must not be negative, got -4"),
+    ],
+)
+def test_what_no_mask_is_made_of(make: Callable, arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(*arguments)
 
 
 def test_the_digest_is_the_same_in_every_process() -> None:

@@ -212,6 +212,9 @@ def test_limits_far_beyond_the_sequence_are_no_limit() -> None:
         (lambda: builders.prefix_tree([(-1, 4), (1, 2)]), ValueError, r"nodes\[1\] has parent 1"),
         (lambda: builders.prefix_tree([(-2, 4)]), ValueError, r"nodes\[0\] has parent -2"),
         (lambda: builders.prefix_tree([(-1, -4)]), ValueError, r"nodes\[0\]\[1\] must not be negative"),
+        (lambda: builders.prefix_tree([(-1, 4), 3]), TypeError, r"nodes\[1\] must be a pair \(parent, length\), got 3"),
+        (lambda: builders.prefix_tree([(0, 1, 2)]), TypeError, r"nodes\[0\] must be a pair .* got \(0, 1, 2\)"),
+        (lambda: builders.prefix_tree(4), TypeError, r"nodes must be pairs \(parent, length\), got 4"),
         (lambda: builders.cu_seqlens_from_lengths([3, -1]), ValueError, r"lengths\[1\] must not be negative, got -1"),
     ],
 )

@@ -64,9 +64,10 @@ def test_too_many_slices_are_refused() -> None:
 @pytest.mark.parametrize(
     "matrix, error, message",
     [
-        (np.ones((3, 3)), TypeError, "a dense mask must be boolean.* got float64"),
-        ([[1, 0], [1, 1]], TypeError, "a dense mask must be boolean"),
-        (torch.ones(2, 2), TypeError, "a dense mask must be boolean"),
+        (np.ones((3, 3)), TypeError, "matrix must be boolean.* got float64"),
+        ([[1, 0], [1, 1]], TypeError, "matrix must be boolean"),
+        (torch.ones(2, 2), TypeError, "matrix must be boolean"),
+        ([[True], [True, False]], ValueError, "matrix must be rectangular, but its rows differ in length"),
         (np.ones(3, np.bool_), ValueError, r"must have shape .* got shape \(3,\)"),
         (np.ones((1, 2, 2), np.bool_), ValueError, r"got shape \(1, 2, 2\)"),
     ],

@@ -1,5 +1,7 @@
 """Slices against the dense oracle, and slices to bands and back."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +53,31 @@ def test_slices_spell_the_same_mask(mask: AttnMask) -> None:
 def test_each_type_comes_back_as_itself(mask_type: AttnMaskType, rows: int, keys: int) -> None:
     mask = AttnMask.from_slices([(3, 3 + rows)], [(7, 7 + keys)], mask_type, 20, 20)
     assert mask.slices == [AttnSlice(AttnRange(3, 3 + rows), AttnRange(7, 7 + keys), mask_type)]
+
+
+@pytest.mark.parametrize("form", [tuple, list, np.array, AttnRange.from_range])
+@pytest.mark.parametrize("mask_type", [AttnMaskType.CAUSAL, "causal", 1, np.uint8(1)])
+def test_a_slice_is_made_of_any_spelling(form: Callable, mask_type: object) -> None:
+    made = AttnSlice(form((0, 2)), form((1, 5)), mask_type)
+    assert made == AttnSlice(AttnRange(0, 2), AttnRange(1, 5), AttnMaskType.CAUSAL)
+    assert str(made) == "q [0, 2) x k [1, 5) causal" and len({made, AttnSlice((0, 2), (1, 5), "causal")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("q_range", "k_range", "mask_type", "error", "message"),
+    [
+        (3, (0, 2), "full", ValueError, r"q_range must be an AttnRange or a pair \(start, end\), got 3"),
+        ((0, 1), (0, 1, 2), "full", ValueError, r"k_range must be .* got \(0, 1, 2\)"),
+        ((0, 1), (0, 1.5), "full", TypeError, r"end must be an integer, got 1\.5"),
+        ((0, 1), (3, 1), "full", ValueError, "start 3 and end 1"),
+        ((0, 1), (0, 2), "caussal", ValueError, "unknown attn_mask_type 'caussal'"),
+    ],
+)
+def test_what_is_no_slice_is_refused(
+    q_range: object, k_range: object, mask_type: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        AttnSlice(q_range, k_range, mask_type)
 
 
 def test_rows_without_a_key_leave_the_slice() -> None:

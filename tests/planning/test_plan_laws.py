@@ -17,7 +17,7 @@ from magi_attention.config import (
     OverlapConfig,
 )
 from magi_attention.mask import AttnMask
-from magi_attention.planning import AttnPlan, RankPlan, Sources, compute_pad_size, plan_attention
+from magi_attention.planning import AttnPlan, RankPlan, Sources, compute_pad_size, plan_attention, plan_new_mask
 from magi_attention.planning.load_balance import imbalance, min_heap
 from magi_attention.planning.sources import SELF_ATTENTION
 from magi_attention.testing.mask_zoo import named_masks
@@ -241,6 +241,25 @@ def test_sizes_and_ranks_of_any_form(form: Callable) -> None:
     assert type(rank_plan.rank) is int and rank_plan.area == usual.rank(1).area
     with pytest.raises(TypeError, match=r"rank must be an integer, got 1\.0"):
         plan.rank(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(mask="x"), "mask must be an AttnMask, as the builders make, not 'x'"),
+        (dict(config=DispatchConfig()), r"config must be a DistAttnConfig, not DispatchConfig\("),
+        (dict(sources=False), "sources must be Sources, such as .* not False"),
+    ],
+)
+def test_arguments_of_another_type(arguments: dict[str, object], message: str) -> None:
+    mask = named_masks(64)["causal"]
+    plan = plan_attention(mask, 2, 8)
+    with pytest.raises(TypeError, match=message):
+        plan_attention(**{"mask": mask, "cp_size": 2, "chunk_size": 8, **arguments})
+    with pytest.raises(TypeError, match=message):
+        plan_new_mask(**{"mask": mask, "plan": plan, **arguments})
+    with pytest.raises(TypeError, match="plan must be what plan_attention returns"):
+        plan_new_mask(mask, plan.dispatch)
 
 
 def test_rank_out_of_bounds() -> None:
