@@ -7,6 +7,7 @@ theirs: so the ranks' rows differ by a chunk at most. The rule that also looks a
 """
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -79,8 +80,13 @@ def zigzag(work: ChunkWork, cp_size: int) -> IntArray:
 
 def imbalance(work: ChunkWork, owner: IntArray, cp_size: int) -> float:
     """Largest area of a rank over the mean; 1 is perfect."""
-    total = int(work.areas.sum())
-    return float(rank_areas(work, owner, cp_size).max() * cp_size / total) if total else 1.0
+    return peak_over_mean(rank_areas(work, owner, cp_size))
+
+
+def peak_over_mean(areas: Sequence[int] | IntArray) -> float:
+    """:func:`imbalance` of ranks with these areas; 1 also where nothing is attended."""
+    total = int(np.sum(areas))
+    return int(np.max(areas)) * len(areas) / total if total else 1.0
 
 
 def rank_areas(work: ChunkWork, owner: IntArray, cp_size: int) -> IntArray:

@@ -7,6 +7,7 @@ import numpy as np
 from magi_attention.mask.bands import area
 from magi_attention.planning.attn_plan import AttnPlan
 from magi_attention.planning.cost_model import FloatArray
+from magi_attention.planning.load_balance import peak_over_mean
 from magi_attention.planning.rank_plan import RankPlan
 from magi_attention.planning.timeline import PassTimeline
 
@@ -70,8 +71,7 @@ def report_rank(plan: RankPlan) -> RankReport:
 
 def area_imbalance(ranks: list[RankReport]) -> float:
     """Largest area of a rank over the mean; 1 is perfect. The most loaded rank sets the pace for all."""
-    total = sum(rank.area for rank in ranks)
-    return max(rank.area for rank in ranks) * len(ranks) / total if total else 1.0
+    return peak_over_mean([rank.area for rank in ranks])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from magi_attention.mask.drawing import block_areas
 from magi_attention.planning import AttnPlan
-from magi_attention.planning.load_balance import rank_areas
+from magi_attention.planning.load_balance import peak_over_mean, rank_areas
 
 
 def rank_colors(cp_size: int) -> NDArray[np.float64]:
@@ -72,8 +72,7 @@ def draw_balance(axes: Axes, plan: AttnPlan) -> None:
     areas = rank_areas(plan.work, plan.dispatch.owner, plan.cp_size)
     axes.bar(np.arange(plan.cp_size), areas, color=rank_colors(plan.cp_size))
     axes.axhline(float(areas.mean()), color="0.3", linewidth=1, linestyle="--")
-    peak = areas.max() / max(areas.mean(), 1)
-    axes.set_title(f"unmasked area: peak / mean = {peak:.3f}")
+    axes.set_title(f"unmasked area: peak / mean = {peak_over_mean(areas):.3f}")
     _style_ranks(axes)
 
 

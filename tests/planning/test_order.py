@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from magi_attention.config import DispatchConfig, DistAttnConfig, LocalityDispatchAlg, MinHeapDispatchAlg
-from magi_attention.mask import builders
+from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import AttnPlan, plan_attention
 from magi_attention.planning.load_balance import imbalance
 from magi_attention.planning.report import area_imbalance, report
@@ -60,6 +60,11 @@ def test_imbalance_is_reported() -> None:
     for mask in named_masks(119).values():
         plan = plan_attention(mask, 3, 4, config=DistAttnConfig(DispatchConfig(order="contiguous")))
         assert area_imbalance(report(plan)) == pytest.approx(imbalance(plan.work, plan.dispatch.owner, 3))
+
+
+def test_where_nothing_is_attended_all_ranks_have_the_same() -> None:
+    plan = plan_attention(AttnMask.from_slices([], [], "full", 64, 64), 4, 4)
+    assert imbalance(plan.work, plan.dispatch.owner, 4) == area_imbalance(report(plan)) == 1.0
 
 
 def test_order_is_part_of_the_configuration() -> None:
