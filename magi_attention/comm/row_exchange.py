@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.row_sums import IntArray, RowSums, group_parts
-from magi_attention.planning.routing import GroupCollectivePlan
+from magi_attention.comm.row_sums import RowSums, group_parts
+from magi_attention.planning.routing import GroupCollectivePlan, IntArray
 
 
 @dataclass(frozen=True, eq=False)

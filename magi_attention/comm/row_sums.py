@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from magi_attention.planning.routing import IntArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-from magi_attention.mask.bands import IntArray, merge_runs, ranges_to_indices, run_offsets
+from magi_attention.mask.bands import IntArray as IntArray  # comm, which knows no masks, has it from here
+from magi_attention.mask.bands import merge_runs, ranges_to_indices, run_offsets
 from magi_attention.planning.dispatch_plan import DispatchPlan
 from magi_attention.planning.runs import GroupedRuns, cut_at, sum_by_group
 
