@@ -6,7 +6,6 @@ far below queries times keys. What it attends in each row are intervals, and int
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,8 @@ from magi_attention.interop.unread_index import BatchIndex, HeadIndex
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import IntArray, merge_runs, ranges_to_indices
 from magi_attention.mask.integers import as_length, as_size
-from magi_attention.mask.row_joiner import RowJoiner
+from magi_attention.mask.row_joiner import GrowingBand, join_rows
+from magi_attention.mask.true_runs import split_by_row, true_runs
 
 if TYPE_CHECKING:
     import torch.nn.attention.flex_attention
@@ -51,7 +51,8 @@ def mask_from_mask_mod(
         total_seqlen_k: Number of keys.
         device: Where to evaluate it; that of the tensors that it reads.
         block_size: Rows evaluated together, and the side of the tiles that error messages name.
-        max_slices: Most slices that the mask may need.
+        max_slices: Most slices that the mask may need; more by default than :func:`~magi_attention.mask.from_dense`
+            allows, whose sequences are short enough for a matrix.
 
     Returns:
         The mask; its :meth:`~magi_attention.mask.AttnMask.to_ranges` are the arguments of ``magi_attn_flex_key``.
@@ -146,17 +147,16 @@ def _detect(
     mask_mod: MaskMod, grid: _Grid, strips: Iterable[_Strip], device: torch.device, max_slices: int
 ) -> AttnMask:
     """Join the intervals of all rows, strip by strip."""
-    joiner = RowJoiner()
-    for start, strip in zip(grid.row_starts, strips, strict=True):
-        rows = np.arange(start, min(start + grid.block_q, grid.total_q))
-        for intervals in _intervals_by_row(mask_mod, rows, strip, grid.total_k + 1, device):
-            joiner.add_row(intervals)
-            if len(joiner.bands) > max_slices:
-                raise _not_bands(joiner, grid, max_slices)
-    mask = joiner.mask(grid.total_q, grid.total_k)
-    if len(mask.slices) > max_slices:
-        raise _not_bands(joiner, grid, max_slices)
-    return mask
+
+    def intervals() -> Iterator[Iterator[tuple[int, int]]]:
+        for start, strip in zip(grid.row_starts, strips, strict=True):
+            rows = np.arange(start, min(start + grid.block_q, grid.total_q))
+            yield from _intervals_by_row(mask_mod, rows, strip, grid.total_k + 1, device)
+
+    def not_bands(bands: list[GrowingBand]) -> ValueError:
+        return _not_bands(bands, grid, max_slices)
+
+    return join_rows(intervals(), grid.total_q, grid.total_k, max_slices, not_bands)
 
 
 def _intervals_by_row(
@@ -172,15 +172,12 @@ def _intervals_by_row(
     at_once = max(1, _CELLS_AT_ONCE // len(rows))
     for first in range(0, len(keys), at_once):
         some = keys[first : first + at_once]
-        row, start, end = _true_runs(_evaluate(mask_mod, rows, some, device), some)
+        row, start, end = true_runs(_evaluate(mask_mod, rows, some, device), some)
         pieces.append(np.stack((start, end), axis=1) + (row * stride)[:, None])
     runs = merge_runs(np.concatenate(pieces))
-    row_of, borders = runs[:, 0] // stride, np.arange(len(rows) + 1)
-    first_of = np.searchsorted(row_of, borders).tolist()
+    row_of = runs[:, 0] // stride
     runs -= (row_of * stride)[:, None]
-    starts, ends = runs[:, 0].tolist(), runs[:, 1].tolist()
-    for a, b in pairwise(first_of):
-        yield zip(starts[a:b], ends[a:b], strict=True)
+    return split_by_row(row_of, runs[:, 0], runs[:, 1], len(rows))
 
 
 def _evaluate(mask_mod: MaskMod, rows: IntArray, keys: IntArray, device: torch.device) -> NDArray[np.bool_]:
@@ -199,19 +196,9 @@ def _evaluate(mask_mod: MaskMod, rows: IntArray, keys: IntArray, device: torch.d
         ) from None
 
 
-def _true_runs(cells: NDArray[np.bool_], keys: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Row, first key and end of every run of True; ``keys[c]`` is the key of column c, and a gap in them ends a run."""
-    continued = cells[:, 1:] & cells[:, :-1] & (np.diff(keys) == 1)
-    begins, ends = cells.copy(), cells.copy()
-    begins[:, 1:] &= ~continued
-    ends[:, :-1] &= ~continued
-    row, first = np.divmod(np.flatnonzero(begins), len(keys))
-    return row, keys[first], keys[np.flatnonzero(ends) % len(keys)] + 1
-
-
-def _not_bands(joiner: RowJoiner, grid: _Grid, max_slices: int) -> ValueError:
+def _not_bands(bands: list[GrowingBand], grid: _Grid, max_slices: int) -> ValueError:
     """The error that names the tile in which most bands begin, the first of them."""
-    corners = np.array([(band.first_row, band.first_start) for band in joiner.bands])
+    corners = np.array([(band.first_row, band.first_start) for band in bands])
     tiles, counts = np.unique(corners // (grid.block_q, grid.block_k), axis=0, return_counts=True)
     q_block, k_block = tiles[np.argmax(counts)].tolist()
     q_start, k_start = q_block * grid.block_q, k_block * grid.block_k

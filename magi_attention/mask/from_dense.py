@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask.attn_mask import AttnMask
-from magi_attention.mask.row_joiner import RowJoiner
+from magi_attention.mask.row_joiner import GrowingBand, join_rows
+from magi_attention.mask.true_runs import split_by_row, true_runs
 
 if TYPE_CHECKING:
     import torch
@@ -24,37 +25,25 @@ def from_dense(matrix: MatrixLike, max_slices: int = 4096) -> AttnMask:
 
     Args:
         matrix: Boolean, shape ``(total_seqlen_q, total_seqlen_k)``, True where a query attends a key.
-        max_slices: Most slices that the mask may need.
+        max_slices: Most slices that the mask may need. The default is less than that of
+            ``magi_attention.interop``, whose sequences may be too long for a matrix.
 
     Raises:
-        TypeError: If ``matrix`` is not boolean.
+        TypeError: If ``matrix`` is not boolean, or ``max_slices`` no integer.
         ValueError: If ``matrix`` does not have two dimensions, its rows differ in length, or it needs more than
             ``max_slices`` slices.
     """
     dense = _as_bool_matrix(matrix)
-    joiner = RowJoiner()
-    for intervals in _intervals_by_row(dense):
-        joiner.add_row(intervals)
-        if len(joiner.bands) > max_slices:
-            break
-    mask = joiner.mask(*dense.shape)
-    if len(mask.slices) > max_slices:
-        raise ValueError(
-            f"the {dense.shape[0]} x {dense.shape[1]} matrix needs more than max_slices = {max_slices} slices: "
+    total_q, total_k = dense.shape
+
+    def too_many(bands: list[GrowingBand]) -> ValueError:
+        return ValueError(
+            f"the {total_q} x {total_k} matrix needs more than max_slices = {max_slices} slices: "
             "raise max_slices if a mask with so little structure is meant"
         )
-    return mask
 
-
-def _intervals_by_row(dense: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
-    """The half-open runs of True in each row."""
-    edges = np.diff(dense.astype(np.int8), axis=1, prepend=0, append=0)
-    rows, starts = np.nonzero(edges == 1)
-    ends = np.nonzero(edges == -1)[1]
-    by_row: list[list[tuple[int, int]]] = [[] for _ in range(len(dense))]
-    for row, start, end in zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True):
-        by_row[row].append((start, end))
-    return by_row
+    rows = split_by_row(*true_runs(dense, np.arange(total_k)), total_q)
+    return join_rows(rows, total_q, total_k, max_slices, too_many)
 
 
 def _as_bool_matrix(matrix: MatrixLike) -> NDArray[np.bool_]:

@@ -1,11 +1,12 @@
 """RowJoiner: the bands of a mask that is given row by row, as the key intervals of each row."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from magi_attention.mask.attn_mask import AttnMask
+from magi_attention.mask.integers import as_length
 
 
 @dataclass(slots=True)
@@ -67,3 +68,35 @@ class RowJoiner:
         """The mask of the rows so far."""
         bands = np.array([band.as_row() for band in self.bands], np.int64).reshape(-1, 6)
         return AttnMask.from_bands(bands, total_seqlen_q, total_seqlen_k)
+
+
+def join_rows(
+    rows: Iterable[Iterable[tuple[int, int]]],
+    total_seqlen_q: int,
+    total_seqlen_k: int,
+    max_slices: int,
+    too_many: Callable[[list[GrowingBand]], ValueError],
+) -> AttnMask:
+    """The mask of rows, unless it needs too many slices; one without structure is given up after a few rows.
+
+    Args:
+        rows: The key intervals of each row, as :meth:`RowJoiner.add_row` takes them.
+        total_seqlen_q: Number of rows.
+        total_seqlen_k: Number of keys.
+        max_slices: Most slices that the mask may need.
+        too_many: The error to raise where it needs more, made of the bands so far.
+
+    Raises:
+        TypeError: If ``max_slices`` is no integer.
+        ValueError: If it is negative, or the mask needs more slices.
+    """
+    max_slices = as_length(max_slices, "max_slices")
+    joiner = RowJoiner()
+    for intervals in rows:
+        joiner.add_row(intervals)
+        if len(joiner.bands) > max_slices:  # a band is a slice at least
+            raise too_many(joiner.bands)
+    mask = joiner.mask(total_seqlen_q, total_seqlen_k)
+    if len(mask.slices) > max_slices:
+        raise too_many(joiner.bands)
+    return mask

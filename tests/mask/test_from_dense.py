@@ -61,6 +61,12 @@ def test_too_many_slices_are_refused() -> None:
         from_dense(window, max_slices=2)
 
 
+@pytest.mark.parametrize("max_slices", ["9", 9.0])
+def test_a_limit_that_is_no_integer_is_refused(max_slices: object) -> None:
+    with pytest.raises(TypeError, match="max_slices must be an integer"):
+        from_dense(np.eye(3, dtype=np.bool_), max_slices)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "matrix, error, message",
     [
