@@ -112,7 +112,7 @@ def prefix_lm(cu_seqlens: SeqlensLike, prefix_lens: SeqlensLike) -> AttnMask:
     """
     borders = _borders(cu_seqlens, "cu_seqlens")
     start, end = borders[:-1], borders[1:]
-    if isinstance(prefix_lens, (int, np.integer)):
+    if isinstance(prefix_lens, int) or getattr(prefix_lens, "ndim", 1) == 0:  # one number, perhaps numpy's or torch's
         prefix_lens = [as_length(prefix_lens, "prefix_lens")] * len(start)
     prefix = as_lengths(prefix_lens, "prefix_lens")
     if len(prefix) != len(start):
@@ -245,7 +245,7 @@ def _limit(size: int, name: str) -> int:
 
 
 def _borders(cu_seqlens: SeqlensLike, name: str) -> IntArray:
-    if isinstance(cu_seqlens, (int, np.integer)):
+    if isinstance(cu_seqlens, int) or getattr(cu_seqlens, "ndim", 1) == 0:  # one number, perhaps numpy's or torch's
         return np.array([0, as_length(cu_seqlens, name)], np.int64)
     return as_cu_seqlens(cu_seqlens, name)
 

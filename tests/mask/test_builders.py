@@ -160,6 +160,12 @@ def test_lengths_in_any_form(make: Callable) -> None:
     assert builders.cu_seqlens_from_lengths(some).tolist() == [0, 2, 2, 3]
 
 
+@pytest.mark.parametrize("form", [np.uint8, np.array, torch.tensor])
+def test_a_length_of_any_form_is_one_document(form: Callable) -> None:
+    assert builders.varlen(form(6)) == builders.varlen([0, 6])
+    assert builders.prefix_lm(form(6), form(2)) == builders.prefix_lm([0, 6], [2])
+
+
 def test_a_length_is_one_document() -> None:
     for length in (9, np.int32(9)):
         assert builders.varlen(length, causal=True) == builders.varlen([0, 9], causal=True)
