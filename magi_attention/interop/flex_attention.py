@@ -120,7 +120,7 @@ class _Grid:
         return range(0, self.total_q, self.block_q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Strip:
     """One row of blocks: ``(start, end)`` runs of keys that are attended as the function says, and by all rows."""
 

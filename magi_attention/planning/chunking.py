@@ -67,7 +67,7 @@ def check_pad_size(total_seqlen: int, cp_size: int, chunk_size: int, pad_size: i
     return pad_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChunkWork:
     """What every chunk of queries has to do.
 

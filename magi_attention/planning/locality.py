@@ -131,14 +131,14 @@ def _rows_beyond(work: ChunkWork, needs: GroupedRuns, chunks: IntArray, ranks: I
     return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Share:
     slots: int
     target: float
     slack: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Links:
     """What a chunk costs beside its neighbour: keys that it needs and the chunk before (behind) it does not."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from magi_attention.mask.bands import IntArray, merge_runs, ranges_to_indices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupedRuns:
     """Disjoint runs, ascending inside each group, groups ascending.
 

@@ -49,7 +49,7 @@ def balance_sends(work: ChunkWork, owner: IntArray, cp_size: int, area_limit: fl
     return owner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Traffic:
     """Rows that travel under an assignment.
 

@@ -9,6 +9,7 @@ Ranks are numbered node by node: rank = node * ranks_per_node + place. A row tha
 Rows whose owner is in the node go to who needs them *direct*, while others cross.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,9 +34,11 @@ class MeshShape(NamedTuple):
         """Check a shape.
 
         Raises:
-            TypeError: If the sizes are no integers.
+            TypeError: If it is no shape, or the sizes are no integers.
             ValueError: If they are not two numbers that multiply to ``cp_size``.
         """
+        if not isinstance(mesh_shape, Iterable):
+            raise TypeError(f"mesh_shape must be (nodes, ranks in a node), not {mesh_shape!r}")
         sizes = [as_int(size, "mesh_shape") for size in mesh_shape]
         if len(sizes) != 2 or min(sizes) < 1 or sizes[0] * sizes[1] != cp_size:
             raise ValueError(

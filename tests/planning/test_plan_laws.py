@@ -206,6 +206,13 @@ def test_plans_are_deterministic_and_survive_pickling() -> None:
             np.testing.assert_array_equal(x.bands, y.bands)
 
 
+def test_what_holds_arrays_is_compared_by_identity() -> None:
+    plan, again = (plan_attention(named_masks(64)["causal"], 2, 8) for _ in range(2))
+    for some in ("work", "routes", "dispatch"):
+        assert getattr(plan, some) == getattr(plan, some) != getattr(again, some)
+    assert plan == plan != again and plan.work.needs != again.work.needs and len({plan, again, plan.work}) == 3
+
+
 def test_a_rank_has_what_it_shares_with_the_plan() -> None:
     config = DistAttnConfig(overlap_config=OverlapConfig(degree=0))
     plan = plan_attention(named_masks(203)["varlen causal"], 4, 8, config=config).on_mesh((2, 2))

@@ -207,3 +207,5 @@ def test_meshes_that_do_not_fit(mesh_shape: tuple[int, int]) -> None:
 def test_meshes_of_no_integers() -> None:
     with pytest.raises(TypeError, match=r"mesh_shape must be an integer, got 2\.0"):
         plan_attention(named_masks(64)["causal"], 4, 4).on_mesh((2.0, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"mesh_shape must be \(nodes, ranks in a node\), not 4"):
+        plan_attention(named_masks(64)["causal"], 4, 4).on_mesh(4)  # type: ignore[arg-type]
