@@ -26,10 +26,11 @@ def plan(*arguments: object) -> int:
     return main(["plan", *(str(a) for a in arguments)])
 
 
-def test_json_is_exact(lengths: Path, tmp_path: Path) -> None:
+def test_json_is_exact(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     arguments = ("--lengths", lengths, "--cp-size", 4, "--chunk-size", 16, "--degree", 2, "--min-stage-rows", 8)
     assert plan(*arguments, "--json", out) == 0
+    assert "padding: 56 of 1,280 tokens" in capsys.readouterr().out
     result = json.loads(out.read_text())
     assert (result["cp_size"], result["chunk_size"], result["total_seqlen"], result["pad_size"]) == (4, 16, 1224, 56)
     assert result["plan_ms"] > 0

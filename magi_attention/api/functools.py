@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges, builders, from_dense
-from magi_attention.mask.integers import as_length
+from magi_attention.mask.integers import as_int, as_length
 from magi_attention.mask.slices import MaskTypesLike, parse_mask_types
 from magi_attention.planning import compute_pad_size
 from magi_attention.runtime.side_groups import is_on_gpus
@@ -41,12 +41,11 @@ def pad_at_dim(x: torch.Tensor, dim: int, pad_size: int, value: float = 0.0, sid
         side: ``"right"`` to add behind, ``"left"`` to add before.
 
     Raises:
-        ValueError: If ``pad_size`` is negative or ``side`` unknown.
+        TypeError: If ``pad_size`` is not an integer.
+        ValueError: If it is negative, ``dim`` is no dimension of ``x``, or ``side`` is unknown.
     """
-    if pad_size < 0:
-        raise ValueError(f"pad_size must not be negative, not {pad_size}")
-    if side not in ("left", "right"):
-        raise ValueError(f"side must be 'left' or 'right', not {side!r}")
+    pad_size = as_length(pad_size, "pad_size")
+    _check_dim_and_side(x, dim, side)
     shape = list(x.shape)
     shape[dim] = pad_size
     padding = x.new_full(shape, value)
@@ -57,13 +56,21 @@ def unpad_at_dim(x: torch.Tensor, dim: int, pad_size: int, side: str = "right") 
     """Drop ``pad_size`` entries of one dimension; the inverse of :func:`pad_at_dim`.
 
     Raises:
-        ValueError: If ``pad_size`` is negative or more than there is, or ``side`` unknown.
+        TypeError: If ``pad_size`` is not an integer.
+        ValueError: If it is negative or more than there is, ``dim`` is no dimension of ``x``, or ``side`` is unknown.
     """
-    if not 0 <= pad_size <= x.shape[dim]:
+    pad_size = as_length(pad_size, "pad_size")
+    _check_dim_and_side(x, dim, side)
+    if pad_size > x.shape[dim]:
         raise ValueError(f"pad_size must lie in 0 to {x.shape[dim]}, the size of dimension {dim}, not {pad_size}")
+    return x.narrow(dim, 0 if side == "right" else pad_size, x.shape[dim] - pad_size)
+
+
+def _check_dim_and_side(x: torch.Tensor, dim: int, side: str) -> None:
+    if not -x.ndim <= as_int(dim, "dim") < x.ndim:
+        raise ValueError(f"dim must be one of the {x.ndim} dimensions of x, {tuple(x.shape)}, not {dim}")
     if side not in ("left", "right"):
         raise ValueError(f"side must be 'left' or 'right', not {side!r}")
-    return x.narrow(dim, 0 if side == "right" else pad_size, x.shape[dim] - pad_size)
 
 
 def apply_padding(

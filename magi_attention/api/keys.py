@@ -10,6 +10,7 @@ from magi_attention.mask.builders import SeqlensLike
 from magi_attention.mask.ranges import RangesLike
 from magi_attention.mask.slices import MaskTypesLike
 from magi_attention.planning import AttnPlan, RankPlan, Sources
+from magi_attention.planning.check_types import check_mask
 from magi_attention.runtime.groups import resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import make_key
@@ -189,7 +190,6 @@ def magi_attn_mask_key(
         ValueError: If sizes don't fit together, not exactly one of ``cp_group`` and ``cp_mesh`` is given, rows must
             keep their order but ``dist_attn_config`` asks for another, or ``plan`` was made from other arguments.
     """
-    if not isinstance(mask, AttnMask):
-        raise TypeError(f"mask must be an AttnMask, as the builders make, not {mask!r}")
+    check_mask(mask)
     sources = Sources(is_same_source, is_q_permutable, is_k_permutable)
     return make_key(mask, pad_size, chunk_size, resolve_group(cp_group, cp_mesh), dist_attn_config, plan, sources)

@@ -86,7 +86,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     plan.set_defaults(run=run)
     plan.add_argument("--mask", choices=sorted(MASKS), default="varlen-causal", help="kind of mask")
     length = plan.add_mutually_exclusive_group(required=True)
-    length.add_argument("--lengths", type=Path, metavar="FILE", help="JSON list of document lengths, packed in order")
+    length.add_argument(
+        "--lengths",
+        type=Path,
+        metavar="FILE",
+        help="JSON list of document lengths, packed in order; full and causal masks join them into one document, and "
+        "of shared-prefix the first is the prefix",
+    )
     length.add_argument("--seqlen", type=int, metavar="N", help="one document of N tokens")
     plan.add_argument("--cp-size", type=int, required=True, metavar="P", help="number of ranks")
     plan.add_argument("--chunk-size", type=int, default=512, metavar="N", help="tokens in a chunk")
@@ -274,6 +280,9 @@ def print_tables(plan: AttnPlan, ranks: list[RankReport], plan_ms: float, timeli
         console.print(rows_table(plan))
         if timeline:
             console.print(timeline_table(timeline))
+    if plan.dispatch.pad_size:
+        total = plan.dispatch.total_seqlen + plan.dispatch.pad_size
+        print(f"padding: {plan.dispatch.pad_size:,} of {total:,} tokens, so that all ranks have as many whole chunks")
     if plan.overlap_choice:
         print(f"stages, with predicted times of the slowest rank:\n{plan.overlap_choice}\n")
     print(f"imbalance {area_imbalance(ranks):.3f}: area of the most loaded rank over the mean")

@@ -68,7 +68,8 @@ class RuntimeCache:
             TypeError: If ``capacity`` is not an integer.
             ValueError: If it is less than 1.
         """
-        if as_int(capacity, "capacity") < 1:
+        capacity = as_int(capacity, "capacity")
+        if capacity < 1:
             raise ValueError(f"the plan cache needs a capacity of at least 1, not {capacity}")
         self.capacity = capacity
         self._evict()

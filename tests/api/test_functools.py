@@ -23,6 +23,8 @@ def test_pad_and_unpad() -> None:
         functools.pad_at_dim(x, 0, -1)
     with pytest.raises(ValueError, match="pad_size must lie in 0 to 2"):
         functools.unpad_at_dim(x, 0, 3)
+    with pytest.raises(ValueError, match=r"dim must be one of the 2 dimensions of x, \(2, 3\), not 2"):
+        functools.pad_at_dim(x, 2, 1)
     with pytest.raises(ValueError, match="side must be"):
         functools.pad_at_dim(x, 0, 1, side="up")
 
