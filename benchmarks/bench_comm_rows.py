@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from magi_attention.comm.row_exchange import RowExchange, pack, unpack
+from magi_attention.comm.row_exchange import RowRouting, pack, unpack
 from magi_attention.comm.row_sums import add_rows
 from magi_attention.planning.routing import GroupCollectivePlan
 
@@ -63,7 +63,7 @@ def make_steps(device: str, num_rows: int, num_ranks: int, heads: int, head_dim:
     sent = torch.cat([rows(runs(num_local // 2, num_local).sort().values) for _ in range(num_ranks)])
     counts = (num_local // 2,) * num_ranks
     plan = GroupCollectivePlan(sent.numpy(), counts, counts, rows(runs(num_rows, num_rows)).numpy())
-    exchange = RowExchange.on_device(plan, torch.device(device))
+    exchange = RowRouting.on_device(plan, torch.device(device))
     send_rows, recv_order, wire_order, sums = (
         exchange.send_rows,
         exchange.recv_order,

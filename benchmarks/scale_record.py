@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm import FlatExchange, RowExchange
+from magi_attention.comm import FlatExchange, RowRouting
 from magi_attention.kernels.engine import Engine
 from magi_attention.planning import GroupCollectivePlan
 from magi_attention.runtime.groups import CpGroup
@@ -180,7 +180,7 @@ class CutGroup(CpGroup):
 
     def exchange(self, plan: GroupCollectivePlan, device: torch.device) -> FlatExchange:
         """Make a stage's transfers ready for a device."""
-        return FlatExchange(RowExchange.on_device(plan, device), self.flat)
+        return FlatExchange(RowRouting.on_device(plan, device), self.flat)
 
 
 class RecordedEngine:

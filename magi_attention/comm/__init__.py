@@ -6,7 +6,7 @@ from magi_attention.comm.group_cast import GroupCast, group_cast
 from magi_attention.comm.group_reduce import GroupReduce, group_reduce
 from magi_attention.comm.hierarchical_exchange import HierarchicalExchange
 from magi_attention.comm.reduce_scatter import reduce_scatter_rows
-from magi_attention.comm.row_exchange import RowExchange
+from magi_attention.comm.row_exchange import RowRouting
 
 __all__ = [
     "Exchange",
@@ -14,7 +14,7 @@ __all__ = [
     "GroupCast",
     "GroupReduce",
     "HierarchicalExchange",
-    "RowExchange",
+    "RowRouting",
     "all_gather_rows",
     "group_cast",
     "group_reduce",

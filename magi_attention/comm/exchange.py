@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from magi_attention.comm.group_cast import GroupCast, group_cast
 from magi_attention.comm.group_reduce import GroupReduce, group_reduce
-from magi_attention.comm.row_exchange import RowExchange
+from magi_attention.comm.row_exchange import RowRouting
 
 
 class Transit(Protocol):
@@ -56,7 +56,7 @@ class Exchange(Protocol):
 class FlatExchange:
     """An :class:`Exchange` in one level: each row goes from its owner straight to each rank that needs it."""
 
-    rows: RowExchange
+    rows: RowRouting
     group: dist.ProcessGroup
 
     def cast(self, tensors: Sequence[torch.Tensor]) -> GroupCast:

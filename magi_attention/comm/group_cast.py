@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.row_exchange import RowExchange, Transfer, exchange, pack, unpack
+from magi_attention.comm.row_exchange import RowRouting, Transfer, exchange, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -14,18 +14,18 @@ class GroupCast:
     """A group cast under way."""
 
     transfer: Transfer
-    exchange: RowExchange
+    routing: RowRouting
     row_shapes: tuple[torch.Size, ...]
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The received rows of each tensor, in the order of the buffer: views into one matrix."""
         matrix = self.transfer.wait()
-        if self.exchange.recv_order is not None:
-            matrix = pack((matrix,), self.exchange.recv_order)
+        if self.routing.recv_order is not None:
+            matrix = pack((matrix,), self.routing.recv_order)
         return unpack(matrix, self.row_shapes)
 
 
-def group_cast(tensors: Sequence[torch.Tensor], rows: RowExchange, group: dist.ProcessGroup) -> GroupCast:
+def group_cast(tensors: Sequence[torch.Tensor], rows: RowRouting, group: dist.ProcessGroup) -> GroupCast:
     """Start sending local rows of ``tensors`` to the ranks that need them.
 
     A collective: every rank of the group calls it, also one that neither sends nor receives.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.row_exchange import RowExchange, Transfer, exchange, pack
+from magi_attention.comm.row_exchange import RowRouting, Transfer, exchange, pack
 from magi_attention.comm.row_sums import add_rows
 
 
@@ -15,7 +15,7 @@ class GroupReduce:
     """A group reduce under way."""
 
     transfer: Transfer
-    exchange: RowExchange
+    routing: RowRouting
 
     def wait(self, into: Sequence[torch.Tensor]) -> None:
         """Add what arrived to the local rows of ``into``, in place, rank by rank in a fixed order.
@@ -24,12 +24,12 @@ class GroupReduce:
             into: Contiguous tensors, ``(local rows, ...)``, one for each that was sent; all float32 or all float64,
                 which is the type in which rows are added.
         """
-        add_rows(into, self.transfer.wait(), self.exchange.sums)
+        add_rows(into, self.transfer.wait(), self.routing.sums)
 
 
 def group_reduce(
     tensors: Sequence[torch.Tensor],
-    rows: RowExchange,
+    rows: RowRouting,
     group: dist.ProcessGroup,
     wire_dtype: torch.dtype | None = None,
 ) -> GroupReduce:

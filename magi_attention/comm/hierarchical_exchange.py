@@ -9,7 +9,7 @@ import torch.distributed as dist
 from magi_attention.comm.chain import Chain, chain
 from magi_attention.comm.group_cast import group_cast
 from magi_attention.comm.group_reduce import GroupReduce, group_reduce
-from magi_attention.comm.row_exchange import RowExchange, copy_indices, exchange, pack, unpack
+from magi_attention.comm.row_exchange import RowRouting, copy_indices, exchange, pack, unpack
 from magi_attention.planning.two_level import TwoLevelPlan
 
 
@@ -53,9 +53,9 @@ class HierarchicalExchange:
         intra: The ranks of the node.
     """
 
-    crossing: RowExchange
-    direct: RowExchange
-    relay: RowExchange
+    crossing: RowRouting
+    direct: RowRouting
+    relay: RowRouting
     recv_order: torch.Tensor | None
     wire_order: torch.Tensor | None
     inter: dist.ProcessGroup
@@ -66,7 +66,7 @@ class HierarchicalExchange:
         cls, plan: TwoLevelPlan, inter: dist.ProcessGroup, intra: dist.ProcessGroup, device: torch.device
     ) -> "HierarchicalExchange":
         """Copy a routing to a device, once for all calls."""
-        crossing, direct, relay = (RowExchange.on_device(x, device) for x in (plan.crossing, plan.direct, plan.relay))
+        crossing, direct, relay = (RowRouting.on_device(x, device) for x in (plan.crossing, plan.direct, plan.relay))
         orders = [x for x in (plan.recv_order, plan.wire_order) if x is not None]
         recv_order, wire_order = copy_indices(orders, device) if orders else (None, None)
         return cls(crossing, direct, relay, recv_order, wire_order, inter, intra)

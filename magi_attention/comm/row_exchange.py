@@ -1,4 +1,4 @@
-"""RowExchange: one stage's routing as tensors on a device, and the uneven all-to-all both verbs are made of."""
+"""RowRouting: one stage's routing as tensors on a device, and the uneven all-to-all both verbs are made of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from magi_attention.planning.routing import GroupCollectivePlan, IntArray
 
 
 @dataclass(frozen=True, eq=False)
-class RowExchange:
+class RowRouting:
     """Which local rows go out, and where arriving rows belong. All indices are int32.
 
     Attributes:
@@ -32,7 +32,7 @@ class RowExchange:
     sums: RowSums
 
     @classmethod
-    def on_device(cls, plan: GroupCollectivePlan, device: torch.device) -> "RowExchange":
+    def on_device(cls, plan: GroupCollectivePlan, device: torch.device) -> "RowRouting":
         """Copy a routing to a device, once for all calls."""
         orders = [x for x in (plan.recv_order, plan.wire_order) if x is not None]
         send_rows, rows, offsets, order, *orders_there = copy_indices(

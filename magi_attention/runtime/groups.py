@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_attention.comm import Exchange, FlatExchange, HierarchicalExchange, RowExchange
+from magi_attention.comm import Exchange, FlatExchange, HierarchicalExchange, RowRouting
 from magi_attention.config import IntraNode
 from magi_attention.planning import GroupCollectivePlan
 from magi_attention.planning.two_level import MeshShape, TwoLevelPlan
@@ -71,7 +71,7 @@ class CpGroup:
     def exchange(self, plan: GroupCollectivePlan | TwoLevelPlan, device: torch.device) -> Exchange:
         """Make a stage's transfers ready for a device."""
         if isinstance(plan, GroupCollectivePlan):
-            return FlatExchange(RowExchange.on_device(plan, device), transfer_group(self.flat, device))
+            return FlatExchange(RowRouting.on_device(plan, device), transfer_group(self.flat, device))
         assert self.levels is not None
         inter, intra = (transfer_group(group, device) for group in self.levels)
         return HierarchicalExchange.on_device(plan, inter, intra, device)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from magi_attention.comm.row_exchange import RowExchange, pack
+from magi_attention.comm.row_exchange import RowRouting, pack
 from magi_attention.comm.row_sums import RowSums, add_rows
 from magi_attention.planning.routing import GroupCollectivePlan
 
@@ -47,11 +47,11 @@ class RowCase:
     wire_dtype: torch.dtype = torch.float32
     seed: int = 0
 
-    def exchange(self, device: str = "cpu") -> RowExchange:
+    def exchange(self, device: str = "cpu") -> RowRouting:
         """Which rows go out, and where what comes home belongs."""
         send_rows = np.array([row for rows in self.sent for row in rows], np.int64)
         counts = tuple(map(len, self.sent))
-        return RowExchange.on_device(
+        return RowRouting.on_device(
             GroupCollectivePlan(send_rows, counts, (0,) * len(counts), None), torch.device(device)
         )
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm import RowExchange, all_gather_rows, group_cast, group_reduce
+from magi_attention.comm import RowRouting, all_gather_rows, group_cast, group_reduce
 from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import AttnPlan, RankPlan, plan_attention
@@ -30,7 +30,7 @@ def cast_and_reduce(rank: int, group: dist.ProcessGroup, plan: RankPlan, dtype: 
     wide = torch.stack((own, own + 0.5), dim=1).to(dtype)[:, None, :].expand(-1, 3, -1)  # not contiguous
     narrow = own.to(dtype)[:, None]
     for stage in plan.stages:
-        rows = RowExchange.on_device(stage.collective, CPU)
+        rows = RowRouting.on_device(stage.collective, CPU)
         wanted = torch.from_numpy(rows_of(stage.runs)).to(dtype)
         got_wide, got_narrow = group_cast((wide, narrow), rows, group).wait()
         assert got_wide.shape == (len(wanted), 3, 2)
@@ -75,7 +75,7 @@ def reduce_over_bfloat16(rank: int, group: dist.ProcessGroup, plan: AttnPlan) ->
     """What is less than a rounding of bfloat16 is lost on the wire and nowhere else."""
     eps = 2.0**-9
     for stage in plan.rank(rank).stages:
-        rows = RowExchange.on_device(stage.collective, CPU)
+        rows = RowRouting.on_device(stage.collective, CPU)
         parts = torch.full((stage.collective.num_recv_rows, 3), 1 + eps)
         for wire_dtype, arriving in ((None, 1 + eps), (torch.bfloat16, 1.0)):
             total = torch.full((plan.dispatch.local_seqlen, 3), eps)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.api import init_hierarchical_mesh
-from magi_attention.comm import FlatExchange, HierarchicalExchange, RowExchange
+from magi_attention.comm import FlatExchange, HierarchicalExchange, RowRouting
 from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.planning import AttnPlan, plan_attention
 from magi_attention.planning.routing import route_stage
@@ -34,7 +34,7 @@ def both_exchanges(
     straight, _ = route_stage(plan.routes, plan.dispatch_k, rank, stage)
     two_level = plan.rank(rank).stages[stage].collective
     return (
-        FlatExchange(RowExchange.on_device(straight, CPU), group),
+        FlatExchange(RowRouting.on_device(straight, CPU), group),
         HierarchicalExchange.on_device(two_level, mesh.get_group(0), mesh.get_group(1), CPU),
     )
 

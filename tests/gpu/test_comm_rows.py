@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from magi_attention.comm import GroupCast, GroupReduce, RowExchange
+from magi_attention.comm import GroupCast, GroupReduce, RowRouting
 from magi_attention.comm.row_exchange import Transfer, pack
 from magi_attention.comm.row_sums import RowSums, add_rows
 from magi_attention.config import DistAttnConfig, OverlapConfig
@@ -66,7 +66,7 @@ def test_a_cast_and_a_reduce_of_all_ranks(name: str, wire_dtype: torch.dtype) ->
     for device, made in results.items():
         totals = [torch.ones(2, rows, 2, 64, device=device) for _ in plans]
         for stage in range(len(plans[0].stages)):
-            exchanges = [RowExchange.on_device(p.stages[stage].collective, torch.device(device)) for p in plans]
+            exchanges = [RowRouting.on_device(p.stages[stage].collective, torch.device(device)) for p in plans]
             sent = [pack(kv.to(device).unbind(), x.send_rows) for kv, x in zip(keys, exchanges, strict=True)]
             shapes = (keys[0].shape[2:],) * 2
             casts = transfers(sent, [x.send_counts for x in exchanges])
@@ -108,7 +108,7 @@ def test_the_host_does_not_wait() -> None:
     plan = plan_attention(named_masks(64)["causal"], 2, 4).rank(0).stages[0].collective
     for attempt in range(2):  # the first compiles
         with no_wait_for_the_device() if attempt else nullcontext():
-            exchange = RowExchange.on_device(plan, torch.device(DEVICE))
+            exchange = RowRouting.on_device(plan, torch.device(DEVICE))
             pack(totals.unbind(), exchange.send_rows, torch.bfloat16)
             add_rows(totals.unbind(), matrix, sums)
 
