@@ -22,7 +22,7 @@ from magi_attention.kernels.merge import add_part, merge_states
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
-from magi_attention.kernels.tile_schedule import TileSchedule, build_tile_schedule
+from magi_attention.kernels.reference_schedule import TileSchedule, build_tile_schedule
 from magi_attention.mask.bands import IntArray
 
 # Measured on a CPU with 2 MiB of cache a core: the scores of a tile, of some heads at a time, stay in the cache.
@@ -56,7 +56,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> TileSchedule:
-    """Compile a mask for this engine: :func:`~magi_attention.kernels.tile_schedule.build_tile_schedule`."""
+    """Compile a mask for this engine: :func:`~magi_attention.kernels.reference_schedule.build_tile_schedule`."""
     return build_tile_schedule(bands, num_rows, num_keys, BLOCK_Q, BLOCK_K, part)
 
 

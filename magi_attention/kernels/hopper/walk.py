@@ -13,10 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.kernels.hopper.windows import cut_windows
-from magi_attention.kernels.tile_schedule import column_runs, layer_intervals, split_layers
+from magi_attention.kernels.mask_geometry import Int32Array, column_runs, layer_intervals, split_layers
 from magi_attention.mask.bands import Q0, Q1, IntArray, crop, ranges_to_indices, row_intervals, tighten
-
-Int32Array = NDArray[np.int32]
 
 ROW_ENDS_INSIDE = 1
 """Flag of a tile: of some row, the columns end before the tile does. Cells are kept where ``column < ends``."""

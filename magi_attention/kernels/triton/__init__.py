@@ -1,4 +1,4 @@
-"""The triton engine: attention over a tile schedule on any GPU that Triton compiles for.
+"""The triton engine: attention by walks over the tiles of a mask, on any GPU that Triton compiles for.
 
 :class:`magi_attention.kernels.engine.Engine` specifies its functions. Triton is imported at the first call of one that
 computes, not with this package.

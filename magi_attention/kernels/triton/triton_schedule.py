@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from magi_attention.kernels.mask_geometry import column_runs, cut_rows, layer_intervals, split_layers
 from magi_attention.kernels.parts import Part
-from magi_attention.kernels.tile_schedule import column_runs, cut_rows, layer_intervals, split_layers
 from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten, transpose
 
 
