@@ -13,7 +13,7 @@ import math
 import torch
 
 from magi_attention.kernels import triton as by_tiles
-from magi_attention.kernels.hopper.hopper_schedule import HopperSchedule
+from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
@@ -54,16 +54,16 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> HopperSchedule:
+def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> LazySchedule:
     """A mask for this engine; it is compiled to walks at the first call with a device and a shape of tiles."""
-    return HopperSchedule(bands, num_rows, num_keys, part)
+    return LazySchedule(bands, num_rows, num_keys, part)
 
 
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: HopperSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     state: State | None = None,
     sink: torch.Tensor | None = None,
@@ -106,13 +106,13 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: HopperSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`magi_attention.kernels.engine.Engine.backward`."""
     if params.deterministic:
-        return by_tiles.backward(grads, q, k, v, schedule.by_tiles, params, dtype)
+        return by_tiles.backward(grads, q, k, v, schedule, params, dtype)
     from magi_attention.kernels.hopper.launch import launch_backward
 
     dk, dv = (torch.empty(x.shape, dtype=dtype or torch.float32, device=x.device) for x in (k, v))

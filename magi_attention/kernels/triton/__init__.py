@@ -16,11 +16,11 @@ import math
 
 import torch
 
+from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.triton import tuning
-from magi_attention.kernels.triton.triton_schedule import TritonSchedule
 from magi_attention.mask.bands import IntArray
 
 __all__ = [
@@ -58,16 +58,16 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> TritonSchedule:
+def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> LazySchedule:
     """A mask for this engine; it is compiled to tiles at the first call with a device and a shape of tiles."""
-    return TritonSchedule(bands, num_rows, num_keys, part)
+    return LazySchedule(bands, num_rows, num_keys, part)
 
 
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: TritonSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     state: State | None = None,
     sink: torch.Tensor | None = None,
@@ -112,7 +112,7 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: TritonSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,15 +1,14 @@
-"""TritonSchedule: a mask, and the walks over its tiles that kernels take, on the devices where they take them."""
+"""TileWalk: a mask compiled into the tiles that kernels walk, on the device where they do."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from magi_attention.kernels.lazy_schedule import MaskView, copy_to_device
 from magi_attention.kernels.mask_geometry import column_runs, cut_rows, layer_intervals, split_layers
-from magi_attention.kernels.parts import Part
-from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten, transpose
+from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten
 
 
 class Tables(NamedTuple):
@@ -35,7 +34,7 @@ class Tables(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
+class TileWalk:
     """The tiles of a mask in the order and the form in which a kernel computes them.
 
     Attributes:
@@ -51,48 +50,12 @@ class Walk:
     layered: bool
 
 
-@dataclass(frozen=True, eq=False)
-class TritonSchedule:
-    """The mask of ``num_rows`` x ``num_keys`` scores, and which part of the keys these are, if not all.
-
-    The size of tiles depends on head_dim and on how many query heads share a key head, which a schedule is made
-    without; so walks are made when they are first asked for, and kept. They are not pickled.
-    """
-
-    bands: IntArray
-    num_rows: int
-    num_keys: int
-    part: Part | None = None
-    _walks: dict[tuple[bool, int, int, torch.device], Walk] = field(default_factory=dict, init=False, repr=False)
-
-    def by_queries(self, block_q: int, block_k: int, device: torch.device) -> Walk:
-        """The walk over query tiles."""
-        return self._walk(False, block_q, block_k, device)
-
-    def by_keys(self, block_k: int, block_q: int, device: torch.device) -> Walk:
-        """The walk over key tiles, each of which meets runs of queries."""
-        return self._walk(True, block_k, block_q, device)
-
-    def _walk(self, transposed: bool, block_rows: int, block_cols: int, device: torch.device) -> Walk:
-        name = (transposed, block_rows, block_cols, device)
-        if name not in self._walks:
-            bands, shape = self.bands, (self.num_rows, self.num_keys)
-            if transposed:
-                bands, shape = transpose(bands), shape[::-1]
-            self._walks[name] = _make_walk(bands, *shape, block_rows, block_cols, device)
-        return self._walks[name]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TritonSchedule, (self.bands, self.num_rows, self.num_keys, self.part)
-
-
-def _make_walk(
-    bands: IntArray, num_rows: int, num_cols: int, block_rows: int, block_cols: int, device: torch.device
-) -> Walk:
-    bands, layer = split_layers(tighten(bands)[0])
-    starts, ends = layer_intervals(bands, layer, num_rows)
-    bounds = cut_rows(bands, num_rows, block_rows)
-    runs, run_tile = _runs(bands, bounds, num_cols, block_cols)
+def make_tile_walk(mask: MaskView, block_rows: int, block_cols: int, device: torch.device) -> TileWalk:
+    """The walk over row tiles, see :class:`~magi_attention.kernels.lazy_schedule.LazySchedule`."""
+    bands, layer = split_layers(tighten(mask.bands)[0])
+    starts, ends = layer_intervals(bands, layer, mask.num_rows)
+    bounds = cut_rows(bands, mask.num_rows, block_rows)
+    runs, run_tile = _runs(bands, bounds, mask.num_cols, block_cols)
     num_tiles = len(bounds) - 1
     offsets = np.searchsorted(run_tile, np.arange(num_tiles + 1))
     steps = np.bincount(run_tile, -(-(runs[:, 2] - runs[:, 0]) // block_cols), num_tiles)
@@ -105,9 +68,9 @@ def _make_walk(
         copy_to_device(runs, device),
         copy_to_device(starts, device),
         copy_to_device(ends, device),
-        num_rows,
+        mask.num_rows,
     )
-    return Walk(tables, num_tiles, int(np.count_nonzero(steps)), len(starts) > 1)
+    return TileWalk(tables, num_tiles, int(np.count_nonzero(steps)), len(starts) > 1)
 
 
 def _runs(bands: IntArray, bounds: IntArray, num_cols: int, block: int) -> tuple[IntArray, IntArray]:
@@ -164,11 +127,3 @@ def _full_columns(
     begins = np.flatnonzero(is_full[:-1] & ~np.concatenate(([False], is_full[:-2])))
     stops = np.flatnonzero(~is_full[1:] & is_full[:-1]) + 1
     return at[begins], position[begins] % pitch, position[stops] % pitch
-
-
-def copy_to_device(x: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy as int32, without waiting for the device."""
-    host = torch.from_numpy(x.astype(np.int32, copy=False))
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)  # pinned, so that the host does not wait for the device
