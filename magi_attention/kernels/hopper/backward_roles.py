@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from magi_attention.kernels.hopper.gluon_compat import load_tile
 from magi_attention.kernels.hopper.pipeline import (
+    FLAG_MASK,
     ROW_ENDS_INSIDE,
     add_rows,
     find_turns,
@@ -147,7 +148,7 @@ def consume_items(
                 left -= run
                 entry = gl.where(left > 0, entry + 1, item.entry)
                 next_query, next_run, next_code = load_entry(walk, entry)
-                flags = (code & 3) | ragged
+                flags = (code & FLAG_MASK) | ragged
                 # Two loops, so that the one for whole tiles has no branch.
                 if flags == 0:
                     for _ in range(run):

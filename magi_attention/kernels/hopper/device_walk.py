@@ -8,6 +8,7 @@ import torch
 
 from magi_attention.kernels.hopper.backward_items import Items, backward_items
 from magi_attention.kernels.hopper.batches import cut_batches
+from magi_attention.kernels.hopper.records import WINDOW_TILES
 from magi_attention.kernels.hopper.walk import Walk, build_walk, cut_long_windows
 from magi_attention.kernels.lazy_schedule import MaskView, copy_to_device
 
@@ -32,10 +33,10 @@ class DeviceWalk:
 
     Attributes:
         walk: The walk, on the host.
-        windows: int32 ``(num_windows, 5)``.
-        entries: int32 ``(num_entries + 2, 4)``.
-        starts: int32 ``(num_layers, padded rows)``.
-        ends: The same.
+        windows: Its windows.
+        entries: Its entries.
+        starts: Where the columns of its rows start.
+        ends: Where they end.
     """
 
     walk: Walk
@@ -57,7 +58,7 @@ class DeviceWalk:
     @cached_property
     def num_busy(self) -> int:
         """How many windows, all at the front, have tiles."""
-        return int(np.count_nonzero(self.walk.windows[:, 3]))
+        return int(np.count_nonzero(self.walk.windows[:, WINDOW_TILES]))
 
     def in_pieces(self, most_tiles: int) -> "DeviceWalk":
         """The walk with windows of at most ``most_tiles`` tiles."""
@@ -71,7 +72,7 @@ class DeviceWalk:
         """:func:`~magi_attention.kernels.hopper.batches.cut_batches` of the first windows, on the device."""
         cut = num_windows, groups, most_tiles, programs
         if cut not in self._batches:
-            batches = cut_batches(self.walk.windows[:num_windows, 3], groups, most_tiles, programs)
+            batches = cut_batches(self.walk.windows[:num_windows, WINDOW_TILES], groups, most_tiles, programs)
             self._batches[cut] = copy_to_device(batches, self.windows.device)
         return self._batches[cut]
 

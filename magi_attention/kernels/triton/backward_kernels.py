@@ -17,8 +17,8 @@ from magi_attention.kernels.triton.tiles import (
     bounded_products,
     load_interval,
     load_rows,
-    load_run,
-    load_tile,
+    load_run_record,
+    load_tile_record,
     load_valid_rows,
     packed_rows,
     pointers,
@@ -152,7 +152,7 @@ def dq_kernel(
     SOFTCAP: tl.constexpr,
     LAYERED: tl.constexpr,
 ):
-    first, end, first_run, end_run, num_layers = load_tile(walk)
+    first, end, first_run, end_run, num_layers = load_tile_record(walk)
     token, head, head_kv, valid = packed_rows(first, end, GROUP, PACKED, ROWS)
     row_lse, row_delta, attends = load_row_terms(lse, delta, head.to(tl.int64) * walk.num_rows + token, valid)
     q_tile = load_valid_rows(pointers(q, token, head, BLOCK_D), valid, HEAD_DIM, BLOCK_D)
@@ -164,7 +164,7 @@ def dq_kernel(
     dq_pointers = pointers(dq, token, head, BLOCK_D)
     dq_tile = load_valid_rows(dq_pointers, valid, HEAD_DIM, BLOCK_D)
     for run in range(first_run, end_run):
-        run_start, full_end, run_end = load_run(walk, run)
+        run_start, full_end, run_end = load_run_record(walk, run)
         for start in range(run_start, full_end, COLS):
             k_tile = load_rows(k_pointers + advance(k, start), HEAD_DIM, BLOCK_D)
             v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM, BLOCK_D)
@@ -208,7 +208,7 @@ def dkdv_kernel(
     LAYERED: tl.constexpr,
 ):
     """Rows are keys here and columns are queries. The sums over the heads of a group stay in registers."""
-    first, end, first_run, end_run, num_layers = load_tile(walk)
+    first, end, first_run, end_run, num_layers = load_tile_record(walk)
     head_kv = tl.program_id(1)
     key = first + tl.arange(0, ROWS)
     valid = key < end
@@ -224,7 +224,7 @@ def dkdv_kernel(
         head_lse = lse + tl.cast(head, tl.int64) * num_queries
         head_delta = delta + tl.cast(head, tl.int64) * num_queries
         for run in range(first_run, end_run):
-            run_start, full_end, run_end = load_run(walk, run)
+            run_start, full_end, run_end = load_run_record(walk, run)
             for start in range(run_start, full_end, COLS):
                 q_tile = load_rows(q_pointers + advance(q, start), HEAD_DIM, BLOCK_D)
                 dout_tile = load_rows(dout_pointers + advance(dout, start), HEAD_DIM, BLOCK_D)

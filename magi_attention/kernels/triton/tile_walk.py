@@ -8,6 +8,18 @@ import torch
 
 from magi_attention.kernels.lazy_schedule import MaskView, copy_to_device
 from magi_attention.kernels.mask_geometry import column_runs, cut_rows, layer_intervals, split_layers
+from magi_attention.kernels.triton.records import (
+    RUN_END,
+    RUN_FULL_END,
+    RUN_SIZE,
+    RUN_START,
+    TILE_END,
+    TILE_END_RUN,
+    TILE_FIRST_RUN,
+    TILE_LAYERS,
+    TILE_SIZE,
+    TILE_START,
+)
 from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten
 
 
@@ -17,10 +29,12 @@ class Tables(NamedTuple):
     Of each row tile, one program computes the *runs*, stretches of columns that first have full tiles and then partial
     ones. Of a partial one, a row attends the columns in ``[starts[l], ends[l])`` of any layer ``l``.
 
+    Tiles and runs have the columns that :mod:`magi_attention.kernels.triton.records` names.
+
     Attributes:
-        tiles: int32 ``(num_tiles, 5)``, most columns first: first row, end of the rows, first run, end of the runs,
-            most intervals of a row.
-        runs: int32 ``(num_runs, 3)``: first column, end of the full tiles, end of the columns.
+        tiles: int32 ``(num_tiles, TILE_SIZE)``, most columns first: first row, end of the rows, first run, end of the
+            runs, most intervals of a row.
+        runs: int32 ``(num_runs, RUN_SIZE)``: first column, end of the full tiles, end of the columns.
         starts: int32 ``(num_layers, num_rows)``: first column of each row's ``l``-th interval.
         ends: The same of one past its last column; empty intervals behind a row's last one.
         num_rows: Number of rows.
@@ -58,11 +72,14 @@ def make_tile_walk(mask: MaskView, block_rows: int, block_cols: int, device: tor
     runs, run_tile = _runs(bands, bounds, mask.num_cols, block_cols)
     num_tiles = len(bounds) - 1
     offsets = np.searchsorted(run_tile, np.arange(num_tiles + 1))
-    steps = np.bincount(run_tile, -(-(runs[:, 2] - runs[:, 0]) // block_cols), num_tiles)
+    steps = np.bincount(run_tile, -(-(runs[:, RUN_END] - runs[:, RUN_START]) // block_cols), num_tiles)
     in_use = np.logical_or.reduceat(ends > starts, bounds[:-1], axis=1)
-    columns = bounds[:-1], bounds[1:], offsets[:-1], offsets[1:], in_use.sum(0)
+    tiles = np.empty((num_tiles, TILE_SIZE), np.int64)
+    tiles[:, TILE_START], tiles[:, TILE_END] = bounds[:-1], bounds[1:]
+    tiles[:, TILE_FIRST_RUN], tiles[:, TILE_END_RUN] = offsets[:-1], offsets[1:]
+    tiles[:, TILE_LAYERS] = in_use.sum(0)
     # Programs start in the order of tiles: the longest first, so that none is left to run alone (Graham 1969).
-    tiles = np.stack(columns, axis=1)[np.argsort(-steps, kind="stable")]
+    tiles = tiles[np.argsort(-steps, kind="stable")]
     tables = Tables(
         copy_to_device(tiles, device),
         copy_to_device(runs, device),
@@ -102,7 +119,9 @@ def _runs(bands: IntArray, bounds: IntArray, num_cols: int, block: int) -> tuple
     run_end = stretch.end[source]
     goes_on = np.flatnonzero(source[1:] == source[:-1])
     run_end[goes_on] = run_start[goes_on + 1]
-    return np.stack((run_start, run_full_end, run_end), axis=1), stretch.group[source]
+    runs = np.empty((len(source), RUN_SIZE), np.int64)
+    runs[:, RUN_START], runs[:, RUN_FULL_END], runs[:, RUN_END] = run_start, run_full_end, run_end
+    return runs, stretch.group[source]
 
 
 def _full_columns(
