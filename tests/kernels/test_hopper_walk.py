@@ -264,11 +264,8 @@ def test_empty() -> None:
     nothing = np.empty((0, 6), np.int64)
     for num_rows, num_cols in ((0, 0), (0, 5), (5, 0), (5, 5)):
         walk = build_walk(nothing, num_rows, num_cols, 4, 4)
-        assert (
-            walk.windows[:, WINDOW_ROWS].sum() == num_rows
-            and not walk.windows[:, WINDOW_TILES].any()
-            and len(walk.entries) == SPARE_ENTRIES
-        )
+        assert walk.windows[:, WINDOW_ROWS].sum() == num_rows and not walk.windows[:, WINDOW_TILES].any()
+        assert len(walk.entries) == SPARE_ENTRIES
 
 
 @given(masks(max_seqlen=30))
