@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from magi_attention.kernels.parts import Part
 from magi_attention.mask.bands import IntArray, transpose
 
-Walk = TypeVar("Walk")
+WalkT = TypeVar("WalkT")
 
 
 class MaskView(NamedTuple):
@@ -31,7 +31,7 @@ class MaskView(NamedTuple):
     goes_on: NDArray[np.bool_] | None
 
 
-MakeWalk = Callable[[MaskView, int, int, torch.device], Walk]
+MakeWalk = Callable[[MaskView, int, int, torch.device], WalkT]
 """Makes the walk through a mask in tiles of so many rows and columns. A function of a module: walks are kept by it."""
 
 
@@ -52,17 +52,17 @@ class LazySchedule:
         default_factory=dict, init=False, repr=False
     )
 
-    def by_queries(self, make_walk: MakeWalk[Walk], block_q: int, block_k: int, device: torch.device) -> Walk:
+    def by_queries(self, make_walk: MakeWalk[WalkT], block_q: int, block_k: int, device: torch.device) -> WalkT:
         """The walk over tiles of queries, each of which meets tiles of keys."""
         return self._walk(make_walk, False, block_q, block_k, device)
 
-    def by_keys(self, make_walk: MakeWalk[Walk], block_k: int, block_q: int, device: torch.device) -> Walk:
+    def by_keys(self, make_walk: MakeWalk[WalkT], block_k: int, block_q: int, device: torch.device) -> WalkT:
         """The walk over tiles of keys, each of which meets tiles of queries."""
         return self._walk(make_walk, True, block_k, block_q, device)
 
     def _walk(
-        self, make_walk: MakeWalk[Walk], from_keys: bool, block_rows: int, block_cols: int, device: torch.device
-    ) -> Walk:
+        self, make_walk: MakeWalk[WalkT], from_keys: bool, block_rows: int, block_cols: int, device: torch.device
+    ) -> WalkT:
         name = make_walk, from_keys, block_rows, block_cols, device
         if name not in self._walks:
             self._walks[name] = make_walk(self._view(from_keys), block_rows, block_cols, device)

@@ -114,7 +114,7 @@ def produce(
 
 @gluon.jit
 def consume_items(
-    next_tile: gl.constexpr, exchange, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
+    next_tile: gl.constexpr, shared, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
     CONSUMER: gl.constexpr, GROUP: gl.constexpr, MEMBERS: gl.constexpr, ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr, SOFTCAP: gl.constexpr, LAYERED: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def consume_items(
                 if flags == 0:
                     for _ in range(run):
                         dk, dv = next_tile(
-                            dk, dv, rings, exchange, tile, query, head, starts, ends, flags, scales,
+                            dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
                             CONSUMER, False, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
@@ -161,7 +161,7 @@ def consume_items(
                 else:
                     for _ in range(run):
                         dk, dv = next_tile(
-                            dk, dv, rings, exchange, tile, query, head, starts, ends, flags, scales,
+                            dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
                             CONSUMER, True, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
@@ -178,8 +178,8 @@ def consume_items(
             mbarrier.arrive(rings.v.empty.index(0), count=1)
             if live > 0:
                 column = head_kv * HEAD_COLUMNS + COLUMN
-                add_rows(dv, dv_desc, exchange.dq_tiles.index(CONSUMER), key, column)
-                add_rows(dk * scales.product, dk_desc, exchange.dq_tiles.index(CONSUMER), key, column)
+                add_rows(dv, dv_desc, shared.dq_tiles.index(CONSUMER), key, column)
+                add_rows(dk * scales.product, dk_desc, shared.dq_tiles.index(CONSUMER), key, column)
         else:
             # Nobody reads this part of v any more: the other consumer was through with v before it shared its last dS.
             v_buffer = rings.v.tiles.index(CONSUMER)

@@ -13,7 +13,7 @@ from magi_attention.kernels.triton.launch import Launch, block_of
 from magi_attention.kernels.triton.tiles import (
     LOG2_E,
     advance,
-    as_rows,
+    as_unit_rows,
     bounded_products,
     load_interval,
     load_rows,
@@ -35,16 +35,16 @@ def launch_start(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse:
     num_rows, heads, head_dim = out.shape
     lse_base_2, delta = (torch.empty(heads, num_rows, dtype=torch.float32, device=out.device) for _ in range(2))
     dq = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    lse, dout_rows = lse.contiguous(), as_rows(dout)
+    lse, dout_rows = lse.contiguous(), as_unit_rows(dout)
     if num_rows:
         start_kernel[triton.cdiv(num_rows, START_ROWS), heads](
-            as_rows(out),
+            as_unit_rows(out),
             dout_rows,
             lse,
             lse if dlse is None else dlse.contiguous(),
             lse_base_2,
             delta,
-            as_rows(dq),
+            as_unit_rows(dq),
             num_rows,
             HEAD_DIM=head_dim,
             BLOCK_D=block_of(head_dim),
@@ -61,13 +61,13 @@ def launch_dq(launch: Launch, grads: QueryGrads) -> None:
     walk = launch.by_queries(shape)
     if walk.num_busy:
         dq_kernel[walk.num_busy, launch.query_programs](
-            as_rows(grads.dout),
+            as_unit_rows(grads.dout),
             launch.q,
             launch.k,
             launch.v,
             grads.lse,
             grads.delta,
-            as_rows(grads.dq),
+            as_unit_rows(grads.dq),
             walk.tables,
             launch.scales,
             PACKED=launch.packed,
@@ -81,14 +81,14 @@ def launch_dkdv(launch: Launch, grads: QueryGrads, dk: torch.Tensor, dv: torch.T
     walk = launch.by_keys(shape)
     if walk.num_tiles:
         dkdv_kernel[walk.num_tiles, launch.heads_kv](
-            as_rows(grads.dout),
+            as_unit_rows(grads.dout),
             launch.q,
             launch.k,
             launch.v,
             grads.lse,
             grads.delta,
-            as_rows(dk),
-            as_rows(dv),
+            as_unit_rows(dk),
+            as_unit_rows(dv),
             walk.tables,
             launch.scales,
             num_queries=launch.schedule.num_rows,

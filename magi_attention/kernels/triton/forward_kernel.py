@@ -12,7 +12,7 @@ from magi_attention.kernels.triton.launch import Launch
 from magi_attention.kernels.triton.tiles import (
     LOG2_E,
     advance,
-    as_rows,
+    as_unit_rows,
     bounded_products,
     load_interval,
     load_rows,
@@ -38,7 +38,7 @@ def launch_forward(launch: Launch, state: State, sink: torch.Tensor | None, merg
             launch.q,
             launch.k,
             launch.v,
-            as_rows(state.out if state.sums is None else state.sums),
+            as_unit_rows(state.out if state.sums is None else state.sums),
             state.lse,
             state.row_max,
             None if sink is None else sink.float().contiguous(),

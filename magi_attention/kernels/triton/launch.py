@@ -10,7 +10,7 @@ from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.scales import Scales
 from magi_attention.kernels.triton.tile_walk import TileWalk, make_tile_walk
-from magi_attention.kernels.triton.tiles import Rows, as_rows
+from magi_attention.kernels.triton.tiles import UnitRows, as_unit_rows
 from magi_attention.kernels.triton.tuning import TileShape, Tuning, choose, packed_heads
 
 
@@ -32,9 +32,9 @@ class Launch:
         device: Where the tensors are.
     """
 
-    q: Rows
-    k: Rows
-    v: Rows
+    q: UnitRows
+    k: UnitRows
+    v: UnitRows
     heads_kv: int
     group: int
     head_dim: int
@@ -51,9 +51,9 @@ class Launch:
         """The launches over these tensors."""
         heads_kv, head_dim = k.shape[1:]
         return cls(
-            q=as_rows(q),
-            k=as_rows(k),
-            v=as_rows(v),
+            q=as_unit_rows(q),
+            k=as_unit_rows(k),
+            v=as_unit_rows(v),
             heads_kv=heads_kv,
             group=q.shape[1] // heads_kv,
             head_dim=head_dim,

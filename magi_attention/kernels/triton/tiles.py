@@ -26,7 +26,7 @@ UNIT = tl.constexpr(8)
 """What a head_dim and strides are multiples of. The compiler knows it, so that loads are of eight elements."""
 
 
-class Rows(NamedTuple):
+class UnitRows(NamedTuple):
     """A ``(tokens, heads, head_dim)`` tensor whose last dimension is contiguous; strides count ``UNIT`` elements."""
 
     ptr: Any
@@ -34,12 +34,12 @@ class Rows(NamedTuple):
     head_stride: int
 
 
-def as_rows(x: torch.Tensor) -> Rows:
+def as_unit_rows(x: torch.Tensor) -> UnitRows:
     """The tensor as kernels take it; copied if it is not."""
     token_stride, head_stride, dim_stride = x.stride()
     if dim_stride != 1 or token_stride % UNIT.value or head_stride % UNIT.value:
         x = x.contiguous()
-    return Rows(x, x.stride(0) // UNIT.value, x.stride(1) // UNIT.value)
+    return UnitRows(x, x.stride(0) // UNIT.value, x.stride(1) // UNIT.value)
 
 
 @triton.jit
