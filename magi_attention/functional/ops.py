@@ -152,10 +152,9 @@ backward_op = torch.ops.magi_attention.flex_flash_attn_backward.default
 
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be that of the tensors."""
-    if device.type not in ("cuda", "xpu"):
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
-    module = torch.get_device_module(device)
-    return nullcontext() if device.index == module.current_device() else module.device(device)
+    return torch.cuda.device(device)
 
 
 # What is looked up at every call, kept for every set of values; errors are raised anew.
