@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from magi_attention.kernels.hopper.walk import Walk, build_walk
+from magi_attention.kernels.hopper.records import ENTRY_CODE, ENTRY_TILES, FLAG_MASK
+from magi_attention.kernels.hopper.walk import SPARE_ENTRIES, Walk, build_walk
 from magi_attention.mask import AttnMask, builders
 from magi_attention.mask.bands import area, transpose
 
@@ -91,9 +92,10 @@ def milliseconds(mask: AttnMask, block: tuple[int, int, bool], repetitions: int)
 
 def share(mask: AttnMask, block: tuple[int, int, bool]) -> str:
     walk = build(mask, *block)
-    num_tiles, code = walk.entries[:-1, 1], walk.entries[:-1, 2]
-    total = num_tiles.sum()
-    return f"{area(mask.bands).sum() / (total * block[0] * block[1]):.3f} ({num_tiles[code & 3 > 0].sum() / total:.0%})"
+    entries = walk.entries[:-SPARE_ENTRIES]
+    num_tiles = entries[:, ENTRY_TILES]
+    total, masked = num_tiles.sum(), num_tiles[entries[:, ENTRY_CODE] & FLAG_MASK > 0].sum()
+    return f"{area(mask.bands).sum() / (total * block[0] * block[1]):.3f} ({masked / total:.0%})"
 
 
 def table(*lines: list[str]) -> str:

@@ -22,6 +22,7 @@ from attention_cases import MASKS, make_case
 from emulate_scale import parse_heads
 
 from magi_attention.kernels import hopper
+from magi_attention.kernels.hopper.device_walk import make_key_walk
 from magi_attention.kernels.hopper.launch import BACKWARD_SHAPES
 from magi_attention.kernels.hopper.work import backward_work
 from magi_attention.mask.bands import IntArray
@@ -71,7 +72,9 @@ class Kernel:
     def of(cls, bands: IntArray, rows: int, keys: int, heads_kv: int, group: int, machine: Machine) -> "Kernel":
         """What the engine would launch."""
         shape = BACKWARD_SHAPES[HEAD_DIM]
-        walk = hopper.schedule(bands, rows, keys).by_keys(shape.block_k, shape.block_q, torch.device("cpu"))
+        walk = hopper.schedule(bands, rows, keys).by_keys(
+            make_key_walk, shape.block_k, shape.block_q, torch.device("cpu")
+        )
         work = backward_work(walk, heads_kv, group, HEAD_DIM, machine.programs, takes_turns=False)
         windows, entries = work.args.windows.tolist(), work.args.entries.tolist()
 

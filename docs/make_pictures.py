@@ -18,7 +18,8 @@ from magi_attention.config import (
     MinHeapDispatchAlg,
     OverlapConfig,
 )
-from magi_attention.kernels.hopper.walk import ROW_BEGINS_INSIDE, ROW_ENDS_INSIDE, Walk, build_walk
+from magi_attention.kernels.hopper.records import FLAG_MASK, ROW_BEGINS_INSIDE, ROW_ENDS_INSIDE
+from magi_attention.kernels.hopper.walk import Walk, build_walk
 from magi_attention.mask import builders
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import K0, Q0, area, crop, transpose
@@ -302,7 +303,7 @@ def draw_walk(
                 entry += 1
             rows, cols = (row, row + num_rows), (col, min(col + abs(step), walk.num_cols))
             queries, keys = (cols, rows) if transposed else (rows, cols)
-            color, _ = TILE_COLORS[code & 3]
+            color, _ = TILE_COLORS[code & FLAG_MASK]
             x, y = left + keys[0] * scale, top + queries[0] * scale
             width, height = (keys[1] - keys[0]) * scale, (queries[1] - queries[0]) * scale
             picture.box(x, y, width, height, blend("#ffffff", color, 0.3), stroke="white")
@@ -311,7 +312,7 @@ def draw_walk(
             for band in pieces:
                 draw_band(picture, band, left, top, scale, color)
             if num_rows > 20:
-                ink = INK if code & 3 else "white"
+                ink = INK if code & FLAG_MASK else "white"
                 picture.text(x + width / 2, y + height / 2 + 4, f"{visit}", anchor="middle", size=11, fill=ink)
             run, col = run - 1, col + step
         middle = (row + num_rows / 2) * scale

@@ -1,4 +1,4 @@
-"""Attention on one device: tile schedules, engines, and what merges their partial results."""
+"""Attention on one device: engines, the schedules that they make of masks, and what merges their partial results."""
 
 from magi_attention.kernels.engine import explain
 

@@ -7,17 +7,17 @@ from typing import Any, Protocol
 import torch
 
 from magi_attention.kernels import hopper, reference, triton
+from magi_attention.kernels.backward_pass import BackwardPass
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
-from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.mask.bands import IntArray
 from magi_attention.mask.integers import as_int
 
 logger = logging.getLogger("magi_attention")
 
 
-class Engine(Protocol):
-    """One implementation of attention: a module with these names.
+class Engine(BackwardPass, Protocol):
+    """One implementation of attention: a module with these names, and those of its backward pass.
 
     The accumulation type is float32, or float64 for float64 inputs. Tensors that an engine makes are contiguous. A
     query that attends nothing has ``out`` 0, ``lse`` -inf, and no part in any gradient, whatever finite ``dout`` and
@@ -75,68 +75,6 @@ class Engine(Protocol):
             The state. After the last part, ``out`` and ``lse`` are those over all keys, and ``row_max``, which is there
             if ``params`` ask for it, is over all keys, too, without the sink.
         """
-
-    def start_backward(
-        self,
-        out: torch.Tensor,
-        dout: torch.Tensor | None,
-        lse: torch.Tensor,
-        dlse: torch.Tensor | None,
-        params: AttnParams,
-    ) -> QueryGrads:
-        """What the backward pass over any part of the keys needs of the queries.
-
-        Args:
-            out: The result over all keys, in the type of ``q`` or in the accumulation type.
-            dout: The gradient of ``out``, in the type of ``q``; None where there is none.
-            lse: The log-sum-exp over all keys and the sink.
-            dlse: The gradient of ``lse``; None where there is none.
-            params: As in :meth:`forward`.
-        """
-
-    def backward(
-        self,
-        grads: QueryGrads,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        schedule: Any,
-        params: AttnParams,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the share of these keys to ``grads.dq``, in place.
-
-        Args:
-            grads: From :meth:`start_backward`.
-            q: As in :meth:`forward`.
-            k: A part of the keys, or all.
-            v: Shaped as ``k``.
-            schedule: The mask of the queries and these keys.
-            params: As in :meth:`forward`.
-            dtype: The type of the results; None for the accumulation type.
-
-        Returns:
-            ``dk`` and ``dv``, shaped as ``k``.
-        """
-
-    def adds_in_any_order(self, params: AttnParams) -> bool:
-        """Whether :meth:`backward` may run over several parts of the keys at a time.
-
-        Then it adds to ``grads.dq`` atomically, in whatever order.
-
-        Args:
-            params: As in :meth:`forward`.
-        """
-
-    def sink_grad(self, grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
-        """The gradient of ``sink``, shaped and typed as it, equal bit by bit from run to run.
-
-        The derivative of a query's ``lse`` by the sink is ``p = exp(sink - lse)``, that of ``out`` is ``-p * out``, so
-        it is the sum of ``-p * delta`` over the queries.
-        """
-
-    def finish_backward(self, grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:
-        """``dq`` in ``dtype``, after all parts of the keys; ``grads`` is not used any more."""
 
 
 ENGINES: tuple[Engine, ...] = (hopper, triton, reference)

@@ -22,7 +22,7 @@ from magi_attention.kernels.merge import add_part, merge_states
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
-from magi_attention.kernels.tile_schedule import TileSchedule, build_tile_schedule
+from magi_attention.kernels.reference_schedule import TileSchedule, build_tile_schedule
 from magi_attention.mask.bands import IntArray
 
 # Measured on a CPU with 2 MiB of cache a core: the scores of a tile, of some heads at a time, stay in the cache.
@@ -56,7 +56,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> TileSchedule:
-    """Compile a mask for this engine: :func:`~magi_attention.kernels.tile_schedule.build_tile_schedule`."""
+    """Compile a mask for this engine: :func:`~magi_attention.kernels.reference_schedule.build_tile_schedule`."""
     return build_tile_schedule(bands, num_rows, num_keys, BLOCK_Q, BLOCK_K, part)
 
 
@@ -75,19 +75,19 @@ def forward(
     heads_kv, group, out_dtype = k.shape[1], q.shape[1] // k.shape[1], q.dtype
     out = q.new_zeros(q.shape, dtype=dtype)
     lse, row_max = (q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype) for _ in range(2))
-    walk = _Walk(schedule, heads_kv, group, out)
+    tiles = _Tiles(schedule, heads_kv, group, out)
     factor, cap = _base_2(params)
     by_rows = q, k, v, out, lse.T.unsqueeze(2), row_max.T.unsqueeze(2)
     q, k, v, out_rows, lse_rows, max_rows = (_by_kv_head(x, heads_kv) for x in by_rows)
-    for heads in walk.head_chunks:
+    for heads in tiles.head_chunks:
         k_heads, v_heads = _pack(k[heads], dtype), _pack(v[heads], dtype)
-        for rows, key_tiles in walk.query_tiles():
+        for rows, key_tiles in tiles.query_tiles():
             q_tile = _pack(q[heads, rows], dtype) * factor
             # Each row's highest score so far. It is finite, so that a row without a key has exp2(-inf - top) = 0.
             top = q_tile.new_full((*q_tile.shape[:2], 1), torch.finfo(dtype).min)
             total, out_tile = torch.zeros_like(top), torch.zeros_like(q_tile)
             for keys, bias in key_tiles:
-                scores = _product(q_tile, k_heads[:, keys], walk.memory[0])
+                scores = _product(q_tile, k_heads[:, keys], tiles.memory[0])
                 if cap:
                     scores.tanh_().mul_(cap)
                 scores = _mask(scores, bias)
@@ -142,29 +142,29 @@ def backward(
     wide = grads.dq.dtype
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     dk, dv = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
-    walk = _Walk(schedule, heads_kv, group, grads.dq)
+    tiles = _Tiles(schedule, heads_kv, group, grads.dq)
     factor, cap = _base_2(params)
     by_rows = q, grads.dout, grads.lse.T.unsqueeze(2), grads.delta.T.unsqueeze(2)
     q, dout, lse, delta = (_by_kv_head(x, heads_kv) for x in by_rows)
     k, v, dq_rows, dk_keys, dv_keys = (_by_kv_head(x, heads_kv) for x in (k, v, grads.dq, dk, dv))
-    for heads in walk.head_chunks:
+    for heads in tiles.head_chunks:
         k_heads, v_heads = _pack(k[heads], wide), _pack(v[heads], wide)
         dk_heads, dv_heads = dk_keys[heads].squeeze(2), dv_keys[heads].squeeze(2)
-        for rows, key_tiles in walk.query_tiles():
+        for rows, key_tiles in tiles.query_tiles():
             q_tile, dout_tile, lse_tile, delta_tile = (_pack(x[heads, rows], wide) for x in (q, dout, lse, delta))
             q_tile = q_tile * factor
             dout_base_2 = dout_tile * LN2  # a score in base 2 is worth LN2 natural ones
             dq_tile = torch.zeros_like(q_tile)
             for keys, bias in key_tiles:
                 k_tile = k_heads[:, keys]
-                scores = _product(q_tile, k_tile, walk.memory[0])
+                scores = _product(q_tile, k_tile, tiles.memory[0])
                 slope = None
                 if cap:
                     scores.tanh_().mul_(cap)
                     slope = scores.square().div_(-cap).add_(cap)  # cap * (1 - tanh^2)
                 probs = _mask(scores, bias).sub_(lse_tile).exp2_()
                 dv_heads[:, keys].add_(torch.bmm(probs.mT, dout_tile))
-                dproduct = _product(dout_base_2, v_heads[:, keys], walk.memory[1]).sub_(delta_tile).mul_(probs)
+                dproduct = _product(dout_base_2, v_heads[:, keys], tiles.memory[1]).sub_(delta_tile).mul_(probs)
                 if slope is not None:
                     dproduct.mul_(slope)
                 dk_heads[:, keys].add_(torch.bmm(dproduct.mT, q_tile))
@@ -195,7 +195,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Walk:
+class _Tiles:
     """The tiles of a schedule, one after the other.
 
     Attributes:

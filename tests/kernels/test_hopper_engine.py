@@ -189,7 +189,7 @@ def test_query_heads_and_queries_of_an_item(
     problem = make_problem(named_masks(260)[name], (6, 2), head_dim)
     members, most_tiles = items
     groups = (1, 2, 3) if members == 1 else (2,)
-    engine.work.backward_items = lambda *args: Items(members, groups, most_tiles)
+    engine.work.DeviceWalk.backward_items = lambda *args: Items(members, groups, most_tiles)
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [100]), problem)
 
@@ -203,7 +203,7 @@ def test_query_heads_and_queries_of_an_item_of_large_head_dims(
     problem = make_problem(named_masks(150)[name], (6, 1), head_dim)
     members, most_tiles = items
     groups = (1, 2, 3) if members == 1 else (2,)
-    engine.work.backward_items = lambda *args: Items(members, groups, most_tiles)
+    engine.work.DeviceWalk.backward_items = lambda *args: Items(members, groups, most_tiles)
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [80]), problem)
 
@@ -316,7 +316,7 @@ def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
     problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dim)
     engines = [EmulatedEngine(seed, 2) for seed in range(8)]
     for engine in engines:
-        engine.work.backward_items = lambda walk, heads_kv, group, *args: Items(group, (1,) * heads_kv)
+        engine.work.DeviceWalk.backward_items = lambda walk, heads_kv, group, *args: Items(group, (1,) * heads_kv)
     first, *others = (run_engine(engine, problem) for engine in engines)
     for results in (first, *others):
         check_bound(results, problem)
@@ -331,7 +331,7 @@ def test_batches_of_any_windows(engine: EmulatedEngine, name: str, members: int 
     mask = named_masks(450)[name]
     problem = make_problem(mask, heads)
     problem.params = replace(problem.params, yields=True)
-    engine.work.backward_items = lambda walk, heads_kv, group, *args: Items(
+    engine.work.DeviceWalk.backward_items = lambda walk, heads_kv, group, *args: Items(
         members or group, (1,) * (heads_kv * group // (members or group))
     )
     engine.work.CACHED_BYTES = 4 * mask.total_seqlen_k * 64  # a head of keys in the forward kernel

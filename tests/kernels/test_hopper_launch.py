@@ -22,6 +22,7 @@ from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels import hopper
 from magi_attention.kernels.hopper.batches import cut_batches
 from magi_attention.kernels.hopper.launcher import Tiles, _kind
+from magi_attention.kernels.hopper.records import WINDOW_ROW, WINDOW_ROWS, WINDOW_TILES
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State, make_parts
 from magi_attention.kernels.query_grads import QueryGrads
@@ -152,7 +153,7 @@ def test_tiles_of_a_head_dim(driver: FakeCudaDriver, head_dim: int, dim: int, bl
     arguments = last(driver, "forward_kernel").arguments
     assert arguments["q_desc"].block_shape == [64, 1, dim] and arguments["HEAD_DIM"] == head_dim
     assert arguments["k_desc"].block_shape == arguments["v_desc"].block_shape == [block_k, 1, dim]
-    assert arguments["walk"].windows[:, 3].tolist() == [-(-300 // block_k)] * 5
+    assert arguments["walk"].windows[:, WINDOW_TILES].tolist() == [-(-300 // block_k)] * 5
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_backward_tiles_of_a_head_dim(
     for name in ("k_desc", "v_desc", "dk_desc", "dv_desc"):
         assert arguments[name].block_shape == [64, 1, columns]
     assert arguments["lse_desc"].block_shape == arguments["delta_desc"].block_shape == [block_q]
-    assert arguments["walk"].windows[:, 3].tolist() == [-(-300 // block_q)] * -(-300 // block_k)
+    assert arguments["walk"].windows[:, WINDOW_TILES].tolist() == [-(-300 // block_q)] * -(-300 // block_k)
 
 
 def test_items_of_few_query_heads_where_windows_are_uneven(driver: FakeCudaDriver) -> None:
@@ -192,7 +193,7 @@ def test_many_queries_of_few_keys_are_shared_out(driver: FakeCudaDriver) -> None
     run(builders.full(8192, 100), [make_inputs(8192)[0], k, v])
     backward = last(driver, "backward_kernel")
     assert (backward.grid, backward.arguments["MEMBERS"]) == ((16, 1, 1), 1) and backward.arguments["ADDS_UP"]
-    assert backward.arguments["walk"].windows[:, [0, 1, 3]].tolist() == [[0, 100, 16]] * 4
+    assert backward.arguments["walk"].windows[:, [WINDOW_ROW, WINDOW_ROWS, WINDOW_TILES]].tolist() == [[0, 100, 16]] * 4
 
 
 def test_a_sink_and_highest_scores(driver: FakeCudaDriver) -> None:
@@ -311,7 +312,10 @@ def test_batches_where_other_kernels_wait(driver: FakeCudaDriver) -> None:
     walk = first.arguments["walk"]
     assert driver.num_compiled == compiled and second.arguments["walk"].batches is walk.batches
     assert first.grid == (walk.num_batches, 1, 1) and 2 * NUM_MULTIPROCESSORS <= first.grid[0] < 700
-    assert walk.batches.tolist() == cut_batches(walk.windows[:, 3].numpy(), [8], 128, NUM_MULTIPROCESSORS).tolist()
+    assert (
+        walk.batches.tolist()
+        == cut_batches(walk.windows[:, WINDOW_TILES].numpy(), [8], 128, NUM_MULTIPROCESSORS).tolist()
+    )
 
 
 def test_batches_of_the_backward_kernel(driver: FakeCudaDriver) -> None:
@@ -322,7 +326,7 @@ def test_batches_of_the_backward_kernel(driver: FakeCudaDriver) -> None:
     walk = backward.arguments["walk"]
     assert backward.grid == (walk.num_batches, 1, 1) and (walk.heads, backward.arguments["MEMBERS"]) == (1, 2)
     assert walk.num_items == 1000 and 2 * NUM_MULTIPROCESSORS <= walk.num_batches < 700
-    tiles = np.tile(walk.windows[:, 3].numpy(), 2)  # one head after the other
+    tiles = np.tile(walk.windows[:, WINDOW_TILES].numpy(), 2)  # one head after the other
     sizes = np.array([tiles[slice(*batch)].sum() for batch in walk.batches.tolist()])
     assert tiles.max() < sizes.max() <= 16
 

@@ -9,16 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.kernels.hopper.walk import (
+from magi_attention.kernels.hopper.records import (
     ENDS,
+    ENTRY_CODE,
+    ENTRY_COLUMN,
+    ENTRY_SIZE,
+    ENTRY_TILES,
+    FLAG_BITS,
+    FLAG_MASK,
     GOES_ON,
-    READ_AHEAD,
     ROW_BEGINS_INSIDE,
     ROW_ENDS_INSIDE,
-    Walk,
-    build_walk,
-    cut_long_windows,
+    WINDOW_ENTRY,
+    WINDOW_ROW,
+    WINDOW_ROWS,
+    WINDOW_SIZE,
+    WINDOW_TILES,
 )
+from magi_attention.kernels.hopper.walk import READ_AHEAD, SPARE_ENTRIES, Walk, build_walk, cut_long_windows
 from magi_attention.kernels.hopper.windows import MASK_COST, TILE_COST, WINDOW_COST
 from magi_attention.mask import AttnMask, builders
 from magi_attention.mask.bands import transpose
@@ -43,7 +51,7 @@ def walk_tiles(walk: Walk, step: int) -> Iterator[Tile]:
             if left == 0:
                 col, left, code, _ = walk.entries[entry].tolist()
                 entry += 1
-            yield Tile(window, col, code >> 2, code & 3)
+            yield Tile(window, col, code >> FLAG_BITS, code & FLAG_MASK)
             left, col = left - 1, col + step
 
 
@@ -64,31 +72,36 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
     align = 4 if transposed and block_cols % 4 == 0 else 1
     goes_on = np.arange(dense.shape[0]) % 7 < 3
     walk = build_walk(bands, *dense.shape, block_rows, block_cols, align, goes_on)
-    assert not (walk.entries[:, 0] % align).any()
+    assert not (walk.entries[:, ENTRY_COLUMN] % align).any()
     num_rows, num_cols = dense.shape
     assert (walk.num_rows, walk.num_cols) == dense.shape
     assert all(x.dtype == np.int32 for x in (walk.windows, walk.entries, walk.starts, walk.ends))
     assert all(x.flags.c_contiguous for x in (walk.windows, walk.entries, walk.starts, walk.ends))
 
     windows = walk.windows
+    assert windows.shape[1] == WINDOW_SIZE and walk.entries.shape[1] == ENTRY_SIZE
     assert sorted(i for first, rows, *_ in windows.tolist() for i in range(first, first + rows)) == [*range(num_rows)]
-    assert ((windows[:, 1] >= 1) & (windows[:, 1] <= block_rows)).all()
-    assert (np.diff(windows[:, 3]) <= 0).all(), "the heaviest window comes first"
-    same = np.diff(windows[:, 3]) == 0
-    assert (np.diff(windows[:, 0])[same] > 0).all(), "windows of one weight keep their order"
+    assert ((windows[:, WINDOW_ROWS] >= 1) & (windows[:, WINDOW_ROWS] <= block_rows)).all()
+    assert (np.diff(windows[:, WINDOW_TILES]) <= 0).all(), "the heaviest window comes first"
+    same = np.diff(windows[:, WINDOW_TILES]) == 0
+    assert (np.diff(windows[:, WINDOW_ROW])[same] > 0).all(), "windows of one weight keep their order"
     for padded in (walk.starts, walk.ends):
-        assert padded.shape[1] >= max(windows[:, 0], default=0) + block_rows + READ_AHEAD
+        assert padded.shape[1] >= max(windows[:, WINDOW_ROW], default=0) + block_rows + READ_AHEAD
         assert (padded[:, num_rows:] == 0).all()
 
     for first, rows, _, _, flags in windows.tolist():
         going = goes_on[first : first + rows]
         assert flags == GOES_ON * going.any() + ENDS * (not going.all())
 
-    assert walk.entries[-2:].tolist() == [[0, 1, ROW_ENDS_INSIDE, 0]] * 2
-    assert (walk.entries[:, 1] >= 1).all() and (walk.entries[:, 3] == 0).all()
-    assert windows[:, 3].sum() == walk.entries[:-2, 1].sum(), "each entry is of one window"
-    idle = windows[:, 3] == 0
-    assert (windows[idle, 2] == len(walk.entries) - 2).all(), "windows without tiles have the first spare entry"
+    assert walk.entries[-SPARE_ENTRIES:].tolist() == [[0, 1, ROW_ENDS_INSIDE, 0]] * 2
+    assert (walk.entries[:, ENTRY_TILES] >= 1).all() and (walk.entries[:, 3] == 0).all()
+    assert windows[:, WINDOW_TILES].sum() == walk.entries[:-SPARE_ENTRIES, ENTRY_TILES].sum(), (
+        "each entry is of one window"
+    )
+    idle = windows[:, WINDOW_TILES] == 0
+    assert (windows[idle, WINDOW_ENTRY] == len(walk.entries) - SPARE_ENTRIES).all(), (
+        "windows without tiles have the first spare entry"
+    )
 
     count = np.zeros((num_rows, num_cols + block_cols), np.int64)
     before: Tile | None = None
@@ -98,7 +111,7 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
             assert low <= (before.layer, before.col)
         before = tile
         assert 0 <= tile.col < num_cols and 0 <= tile.layer < len(walk.starts)
-        rows = slice(windows[tile.window, 0], windows[tile.window, :2].sum())
+        rows = slice(windows[tile.window, WINDOW_ROW], windows[tile.window, :2].sum())
         cells = kept(walk, tile, rows, block_cols, ROW_ENDS_INSIDE | ROW_BEGINS_INSIDE)
         assert cells.any(), "a tile that no row attends is absent"
         assert (kept(walk, tile, rows, block_cols, tile.flags) == cells).all(), "flags mask all that must be masked"
@@ -176,14 +189,14 @@ def test_a_kernel_that_walks_computes_attention(name: str, blocks: tuple[int, in
     # largest, and for every tile again of the change of the largest, which adds up to no more than twice the score; of
     # exp, and of its product with every tile's decay. Then weights, and their products with v, are added up.
     size = (np.abs(q) @ np.abs(k).T).max()
-    num_tiles = walk.windows[:, 3].max(initial=0)
+    num_tiles = walk.windows[:, WINDOW_TILES].max(initial=0)
     roundings = (6 + 1 + 2) * size + 1 + 2 * num_tiles + num_cols
     bound = 2 * (2 * roundings) * np.finfo(float).eps * np.abs(v).max()
     assert np.abs(got - want).max() <= bound
 
 
 def first_rows(mask: AttnMask) -> list[int]:
-    return sorted(check(mask, 64, 128).windows[:, 0].tolist())
+    return sorted(check(mask, 64, 128).windows[:, WINDOW_ROW].tolist())
 
 
 def documents(lengths: list[int], causal: bool = False) -> AttnMask:
@@ -218,7 +231,7 @@ def test_long_answers_begin_windows() -> None:
 
 def test_rows_without_columns_are_windows_without_tiles() -> None:
     walk = check(AttnMask.from_slices([(70, 140)], [(0, 300)], "full", 500, 300), 64, 128)
-    assert walk.windows[:, 3].tolist() == [3, 3, 0, 0, 0, 0, 0, 0]
+    assert walk.windows[:, WINDOW_TILES].tolist() == [3, 3, 0, 0, 0, 0, 0, 0]
 
 
 def test_rows_without_columns_join_those_behind() -> None:
@@ -226,8 +239,8 @@ def test_rows_without_columns_join_those_behind() -> None:
 
 
 def cost(walk: Walk) -> int:
-    num_tiles, code = walk.entries[:-2, 1], walk.entries[:-2, 2]
-    masked = num_tiles[code & 3 != 0].sum()
+    num_tiles, code = walk.entries[:-SPARE_ENTRIES, ENTRY_TILES], walk.entries[:-SPARE_ENTRIES, ENTRY_CODE]
+    masked = num_tiles[code & FLAG_MASK != 0].sum()
     return int(TILE_COST * num_tiles.sum() + MASK_COST * masked + WINDOW_COST * len(walk.windows))
 
 
@@ -241,15 +254,18 @@ def test_documents_cost_no_more_than_each_alone(lengths: list[int], causal: bool
 def test_a_causal_million_has_two_entries_a_window() -> None:
     walk = build_walk(builders.causal(1 << 20).bands, 1 << 20, 1 << 20, 64, 128)
     assert len(walk.windows) == 1 << 14
-    assert len(walk.entries) - 2 == 2 * len(walk.windows) - 2, "the first two windows have a partial tile only"
-    assert walk.windows[:, 3].sum() == sum(range(1, (1 << 13) + 1)) * 2
+    assert len(walk.entries) - SPARE_ENTRIES == 2 * len(walk.windows) - 2, (
+        "the first two windows have a partial tile only"
+    )
+    assert walk.windows[:, WINDOW_TILES].sum() == sum(range(1, (1 << 13) + 1)) * 2
 
 
 def test_empty() -> None:
     nothing = np.empty((0, 6), np.int64)
     for num_rows, num_cols in ((0, 0), (0, 5), (5, 0), (5, 5)):
         walk = build_walk(nothing, num_rows, num_cols, 4, 4)
-        assert walk.windows[:, 1].sum() == num_rows and not walk.windows[:, 3].any() and len(walk.entries) == 2
+        assert walk.windows[:, WINDOW_ROWS].sum() == num_rows and not walk.windows[:, WINDOW_TILES].any()
+        assert len(walk.entries) == SPARE_ENTRIES
 
 
 @given(masks(max_seqlen=30))
@@ -264,10 +280,12 @@ def test_cut_windows_have_the_same_tiles(mask: AttnMask, block_rows: int, block_
     walk = build_walk(mask.bands, *mask.to_dense().shape, block_rows, block_cols)
     cut = cut_long_windows(walk, most_tiles)
     assert cut.windows.dtype == cut.entries.dtype == np.int32
-    assert (cut.windows[:, 3] <= most_tiles).all() and (np.diff(cut.windows[:, 3]) <= 0).all()
-    assert (cut.entries[:, 1] >= 1).all() and cut.entries[-2:].tolist() == walk.entries[-2:].tolist()
-    idle = cut.windows[:, 3] == 0
-    assert (cut.windows[idle, 2] == len(cut.entries) - 2).all()
+    assert (cut.windows[:, WINDOW_TILES] <= most_tiles).all() and (np.diff(cut.windows[:, WINDOW_TILES]) <= 0).all()
+    assert (cut.entries[:, ENTRY_TILES] >= 1).all() and cut.entries[-SPARE_ENTRIES:].tolist() == walk.entries[
+        -SPARE_ENTRIES:
+    ].tolist()
+    idle = cut.windows[:, WINDOW_TILES] == 0
+    assert (cut.windows[idle, WINDOW_ENTRY] == len(cut.entries) - SPARE_ENTRIES).all()
 
     def tiles(walk: Walk) -> list[tuple[int, ...]]:
         """The row at which each tile's window begins, its number of rows, and the tile, in any order."""
@@ -275,5 +293,7 @@ def test_cut_windows_have_the_same_tiles(mask: AttnMask, block_rows: int, block_
 
     assert tiles(cut) == tiles(walk)
     pieces = np.unique(cut.windows[:, :2], axis=0, return_counts=True)
-    whole = walk.windows[np.argsort(walk.windows[:, 0])]
-    assert (pieces[0] == whole[:, :2]).all() and (pieces[1] == np.maximum(-(-whole[:, 3] // most_tiles), 1)).all()
+    whole = walk.windows[np.argsort(walk.windows[:, WINDOW_ROW])]
+    assert (pieces[0] == whole[:, :2]).all() and (
+        pieces[1] == np.maximum(-(-whole[:, WINDOW_TILES] // most_tiles), 1)
+    ).all()

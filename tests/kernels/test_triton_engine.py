@@ -1,6 +1,5 @@
 """The triton engine against dense float64 attention, under Triton's interpreter: nothing runs on a GPU here."""
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.triton import schedule
-from magi_attention.kernels.triton.triton_schedule import Walk
+from magi_attention.kernels.triton.tile_walk import TileWalk, make_tile_walk
 from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
@@ -227,7 +226,7 @@ def test_more_than_2_to_31_elements(run: Interpreter) -> None:
         assert torch.equal(near, far)
 
 
-def walked_cells(walk: Walk, num_cols: int, block_cols: int) -> tuple[np.ndarray, np.ndarray]:
+def walked_cells(walk: TileWalk, num_cols: int, block_cols: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each cell is computed, and those of full tiles, when a walk is taken."""
     tiles, runs, starts, ends = (x.numpy() for x in walk.tables[:4])
     computed, unmasked = (np.zeros((walk.tables.num_rows, num_cols), np.int64) for _ in range(2))
@@ -249,8 +248,8 @@ def test_a_walk_computes_each_cell_once(mask: AttnMask, block_rows: int, block_c
     dense = mask.to_dense()
     tiles = schedule(mask.bands, *dense.shape)
     for walk, cells in (
-        (tiles.by_queries(block_rows, block_cols, CPU), dense),
-        (tiles.by_keys(block_rows, block_cols, CPU), dense.T),
+        (tiles.by_queries(make_tile_walk, block_rows, block_cols, CPU), dense),
+        (tiles.by_keys(make_tile_walk, block_rows, block_cols, CPU), dense.T),
     ):
         computed, unmasked = walked_cells(walk, cells.shape[1], block_cols)
         np.testing.assert_array_equal(computed, cells)
@@ -267,16 +266,6 @@ def test_a_walk_computes_each_cell_once(mask: AttnMask, block_rows: int, block_c
 
 
 def test_full_tiles_are_found_and_heavy_tiles_come_first() -> None:
-    walk = schedule(builders.causal(64).bands, 64, 64).by_queries(16, 8, CPU)
+    walk = schedule(builders.causal(64).bands, 64, 64).by_queries(make_tile_walk, 16, 8, CPU)
     assert walk.tables.tiles[:, 0].tolist() == [48, 32, 16, 0]
     assert walk.tables.runs.tolist() == [[0, 0, 16], [0, 16, 32], [0, 32, 48], [0, 48, 64]]
-
-
-def test_walks_are_kept_and_not_pickled() -> None:
-    tiles = schedule(builders.causal(64).bands, 64, 64)
-    size = len(pickle.dumps(tiles))
-    walk = tiles.by_queries(16, 8, CPU)
-    assert tiles.by_queries(16, 8, CPU) is walk
-    assert len(pickle.dumps(tiles)) == size
-    again = pickle.loads(pickle.dumps(tiles)).by_queries(16, 8, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(again.tables[:4], walk.tables[:4], strict=True))

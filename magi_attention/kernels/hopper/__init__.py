@@ -3,17 +3,18 @@
 :class:`magi_attention.kernels.engine.Engine` specifies its functions. Triton is imported at the first call of one that
 computes, not with this package.
 
-With ``deterministic`` the backward pass is that of the triton engine, since gradients of queries are added up here by
-reductions in memory, in whatever order programs come to them.
+With ``deterministic`` the backward pass is that of the triton engine, since gradients of queries are added up in
+:mod:`~magi_attention.kernels.hopper.unordered_backward` in whatever order programs come to them.
 """
 
 import importlib.util
-import math
 
 import torch
 
 from magi_attention.kernels import triton as by_tiles
-from magi_attention.kernels.hopper.hopper_schedule import HopperSchedule
+from magi_attention.kernels.backward_pass import BackwardPass
+from magi_attention.kernels.hopper import unordered_backward
+from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
@@ -54,16 +55,16 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> HopperSchedule:
+def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> LazySchedule:
     """A mask for this engine; it is compiled to walks at the first call with a device and a shape of tiles."""
-    return HopperSchedule(bands, num_rows, num_keys, part)
+    return LazySchedule(bands, num_rows, num_keys, part)
 
 
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: HopperSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     state: State | None = None,
     sink: torch.Tensor | None = None,
@@ -78,9 +79,14 @@ def forward(
     return state
 
 
+def _backward_pass(params: AttnParams) -> BackwardPass:
+    """Whose kernels make gradients: the triton engine's, if they must be equal bit by bit from run to run."""
+    return by_tiles if params.deterministic else unordered_backward
+
+
 def adds_in_any_order(params: AttnParams) -> bool:
     """See :meth:`magi_attention.kernels.engine.Engine.adds_in_any_order`."""
-    return not params.deterministic
+    return _backward_pass(params).adds_in_any_order(params)
 
 
 def start_backward(
@@ -91,14 +97,7 @@ def start_backward(
     params: AttnParams,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.engine.Engine.start_backward`."""
-    if params.deterministic:
-        return by_tiles.start_backward(out, dout, lse, dlse, params)
-    from magi_attention.kernels.hopper.launch import tile_dim
-    from magi_attention.kernels.hopper.row_kernels import launch_start
-
-    dout = torch.zeros_like(out) if dout is None else dout if dout.stride(2) == 1 else dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    return launch_start(out, dout, lse, dlse, tile_dim(out.shape[2]))
+    return _backward_pass(params).start_backward(out, dout, lse, dlse, params)
 
 
 def backward(
@@ -106,34 +105,19 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: HopperSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`magi_attention.kernels.engine.Engine.backward`."""
-    if params.deterministic:
-        return by_tiles.backward(grads, q, k, v, schedule.by_tiles, params, dtype)
-    from magi_attention.kernels.hopper.launch import launch_backward
-
-    dk, dv = (torch.empty(x.shape, dtype=dtype or torch.float32, device=x.device) for x in (k, v))
-    launch_backward(grads, q, k, v, schedule, params, (dk, dv))
-    return dk, dv
+    return _backward_pass(params).backward(grads, q, k, v, schedule, params, dtype)
 
 
 def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torch.Tensor:
     """See :meth:`magi_attention.kernels.engine.Engine.sink_grad`."""
-    if params.deterministic:
-        return by_tiles.sink_grad(grads, sink, params)
-    probs = torch.exp2(sink.float()[:, None] / math.log(2) + grads.lse)  # lse and delta are negative here
-    return probs.mul_(grads.delta).sum(1).to(sink.dtype)
+    return _backward_pass(params).sink_grad(grads, sink, params)
 
 
 def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:
     """See :meth:`magi_attention.kernels.engine.Engine.finish_backward`."""
-    if params.deterministic:
-        return by_tiles.finish_backward(grads, params, dtype)
-    from magi_attention.kernels.hopper.row_kernels import launch_finish
-
-    dq = torch.empty(grads.dout.shape, dtype=dtype, device=grads.dq.device)
-    launch_finish(grads.dq, dq, float(params.softmax_scale), shuffled=True)
-    return dq
+    return _backward_pass(params).finish_backward(grads, params, dtype)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from magi_attention.kernels.hopper.walk import Walk
+from magi_attention.kernels.hopper.records import ENTRY_COLUMN, ENTRY_TILES, WINDOW_ENTRY, WINDOW_TILES
+from magi_attention.kernels.hopper.walk import SPARE_ENTRIES, Walk
 from magi_attention.mask.bands import IntArray
 
 LEAST_TILES = 16
@@ -60,7 +61,8 @@ def backward_items(walk: Walk, heads_kv: int, group: int, programs: int, cached:
         programs: How many programs run at a time.
         cached: Heads whose queries, and all that is read and added with them, fill the cache.
     """
-    tiles = walk.windows[walk.windows[:, 3] > 0, 3].astype(np.int64)  # most first
+    tiles = walk.windows[:, WINDOW_TILES].astype(np.int64)
+    tiles = tiles[tiles > 0]  # most first
     longest, sum_of_tiles = int(tiles.max(initial=0)), int(tiles.sum())
     if longest * group <= LEAST_TILES:
         return Items(group, (heads_kv,))
@@ -108,12 +110,12 @@ def keeps_step(walk: Walk) -> bool:
     Judged by some of them, spread evenly over all: whether, of the windows that have a tile's columns, at least half
     have seven eighths of the tiles that the longest has.
     """
-    windows = walk.windows[walk.windows[:, 3] > 0]
-    windows = windows[np.argsort(windows[:, 2])]
-    entries = walk.entries[:-2].astype(np.int64)
-    tiles = np.repeat(windows[:, 3], np.diff(windows[:, 2], append=len(entries)))
+    windows = walk.windows[walk.windows[:, WINDOW_TILES] > 0]
+    windows = windows[np.argsort(windows[:, WINDOW_ENTRY])]
+    entries = walk.entries[:-SPARE_ENTRIES].astype(np.int64)
+    tiles = np.repeat(windows[:, WINDOW_TILES], np.diff(windows[:, WINDOW_ENTRY], append=len(entries)))
 
-    count, end = entries[:, 1], entries[:, 0] + walk.block_cols
+    count, end = entries[:, ENTRY_TILES], entries[:, ENTRY_COLUMN] + walk.block_cols
     start = end - count * walk.block_cols
     before = np.cumsum(count) - count
     nth = (2 * np.arange(SAMPLES) + 1) * count.sum() // (2 * SAMPLES)

@@ -36,8 +36,8 @@ from magi_attention.kernels.hopper.pipeline import (
 STAGES = gl.constexpr(2)  # of q and of dout
 
 
-class Exchange(NamedTuple):
-    """How dq leaves: dS of both consumers, twice; their halves of dq; and the descriptor that these are added to."""
+class SharedDs(NamedTuple):
+    """What the consumers share: dS of both, twice; their halves of dq; and the descriptor that these are added to."""
 
     ds_tiles: Any
     ds_full: Any
@@ -64,7 +64,7 @@ def multiply_ds(ds_tiles, key_tiles, buffer, zero, CONSUMER: gl.constexpr, layou
 
 @gluon.jit
 def next_tile(
-    dk, dv, rings, exchange, tile, query, head, starts, ends, flags, scales,
+    dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
     CONSUMER: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: their part of ``dk`` and ``dv``, and this consumer's half of their ``dq``."""
@@ -108,24 +108,24 @@ def next_tile(
     if SOFTCAP:
         ds *= slope
     ds_low = ds.to(dtype)
-    exchange.ds_tiles.index(buffer * 2 + CONSUMER).store(ds_low)
+    shared.ds_tiles.index(buffer * 2 + CONSUMER).store(ds_low)
     fence_async_shared()
-    mbarrier.arrive(exchange.ds_full.index(buffer), count=1)
+    mbarrier.arrive(shared.ds_full.index(buffer), count=1)
     ds_operand = gl.convert_layout(ds_low, p_layout)
-    mbarrier.wait(exchange.ds_full.index(buffer), (tile // 2) & 1)
-    dq = multiply_ds(exchange.ds_tiles, rings.k.tiles, buffer, zero, CONSUMER, dq_layout)
+    mbarrier.wait(shared.ds_full.index(buffer), (tile // 2) & 1)
+    dq = multiply_ds(shared.ds_tiles, rings.k.tiles, buffer, zero, CONSUMER, dq_layout)
     dk = warpgroup_mma(ds_operand, q_tile, dk, is_async=True)
     dv, p_low = warpgroup_mma_wait(3, deps=[dv, p_low])
     mbarrier.arrive(rings.dout.empty.index(stage), count=1)
     dq = warpgroup_mma_wait(1, deps=[dq])
-    dq_tile = exchange.dq_tiles.index(CONSUMER)
+    dq_tile = shared.dq_tiles.index(CONSUMER)
     tma.store_wait(0)
     dq_tile.store(side_by_side(dq))
     fence_async_shared()
     if SPLIT_QUERIES:
-        add_tile(exchange.dq_desc, [query + CONSUMER * 64, head * D], dq_tile)
+        add_tile(shared.dq_desc, [query + CONSUMER * 64, head * D], dq_tile)
     else:
-        add_tile(exchange.dq_desc, [query, head * D + CONSUMER * (D // 2)], dq_tile)
+        add_tile(shared.dq_desc, [query, head * D + CONSUMER * (D // 2)], dq_tile)
     dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
     mbarrier.arrive(rings.q.empty.index(stage), count=1)
     return dk, dv
@@ -152,9 +152,9 @@ def consume(
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
-    exchange = Exchange(ds_tiles, ds_full, dq_tiles, dq_desc)
+    shared = SharedDs(ds_tiles, ds_full, dq_tiles, dq_desc)
     consume_items(
-        next_tile, exchange, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
+        next_tile, shared, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
         CONSUMER, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED, False,
     )  # fmt: skip
 

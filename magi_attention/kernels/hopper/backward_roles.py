@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from magi_attention.kernels.hopper.gluon_compat import load_tile
 from magi_attention.kernels.hopper.pipeline import (
+    FLAG_MASK,
     ROW_ENDS_INSIDE,
     add_rows,
     find_turns,
@@ -113,7 +114,7 @@ def produce(
 
 @gluon.jit
 def consume_items(
-    next_tile: gl.constexpr, exchange, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
+    next_tile: gl.constexpr, shared, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
     CONSUMER: gl.constexpr, GROUP: gl.constexpr, MEMBERS: gl.constexpr, ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr, SOFTCAP: gl.constexpr, LAYERED: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
@@ -147,12 +148,12 @@ def consume_items(
                 left -= run
                 entry = gl.where(left > 0, entry + 1, item.entry)
                 next_query, next_run, next_code = load_entry(walk, entry)
-                flags = (code & 3) | ragged
+                flags = (code & FLAG_MASK) | ragged
                 # Two loops, so that the one for whole tiles has no branch.
                 if flags == 0:
                     for _ in range(run):
                         dk, dv = next_tile(
-                            dk, dv, rings, exchange, tile, query, head, starts, ends, flags, scales,
+                            dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
                             CONSUMER, False, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
@@ -160,7 +161,7 @@ def consume_items(
                 else:
                     for _ in range(run):
                         dk, dv = next_tile(
-                            dk, dv, rings, exchange, tile, query, head, starts, ends, flags, scales,
+                            dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
                             CONSUMER, True, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
@@ -177,8 +178,8 @@ def consume_items(
             mbarrier.arrive(rings.v.empty.index(0), count=1)
             if live > 0:
                 column = head_kv * HEAD_COLUMNS + COLUMN
-                add_rows(dv, dv_desc, exchange.dq_tiles.index(CONSUMER), key, column)
-                add_rows(dk * scales.product, dk_desc, exchange.dq_tiles.index(CONSUMER), key, column)
+                add_rows(dv, dv_desc, shared.dq_tiles.index(CONSUMER), key, column)
+                add_rows(dk * scales.product, dk_desc, shared.dq_tiles.index(CONSUMER), key, column)
         else:
             # Nobody reads this part of v any more: the other consumer was through with v before it shared its last dS.
             v_buffer = rings.v.tiles.index(CONSUMER)

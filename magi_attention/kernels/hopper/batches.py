@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from magi_attention.kernels.hopper.walk import Int32Array
+from magi_attention.kernels.mask_geometry import Int32Array
 from magi_attention.mask.bands import ranges_to_indices
 
 FORWARD_BATCH = 128

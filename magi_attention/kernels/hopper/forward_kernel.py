@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from magi_attention.kernels.hopper.gluon_compat import load_tile
 from magi_attention.kernels.hopper.pipeline import (
     ENDS,
+    FLAG_MASK,
     GOES_ON,
     LN2,
     LOG2_E,
@@ -242,7 +243,7 @@ def next_tile(
     mbarrier.arrive(k_ring.empty.index((tile + 1) % STAGES), count=1)
     s = bounded(s, scales, SOFTCAP)
     if MASKED:
-        s = masked(s, starts - col, ends - col, code & 3)
+        s = masked(s, starts - col, ends - col, code & FLAG_MASK)
     new_top = gl.maximum(top, gl.max(s, 1))
     safe_top = new_top
     if MASKED:
@@ -308,7 +309,7 @@ def consume(
         s = multiply_keys(q_tile, k_ring, tile, s_layout)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_ring.empty.index(tile % STAGES), count=1)
-        s = masked(bounded(s, scales, SOFTCAP), starts - col, ends - col, code & 3)
+        s = masked(bounded(s, scales, SOFTCAP), starts - col, ends - col, code & FLAG_MASK)
         top = gl.max(s, 1)
         safe_top = gl.where(top == float("-inf"), 0.0, top)
         probs = exp2(s * scale - (safe_top * scale)[:, None])
@@ -322,7 +323,7 @@ def consume(
             entry += 1
             next_col, next_run, next_code = load_entry(walk, entry)
             # Two loops, so that the one for whole tiles has no branch.
-            if (code & 3) == 0:
+            if (code & FLAG_MASK) == 0:
                 for _ in range(run):
                     acc, p, top, total = next_tile(
                         acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,

@@ -8,13 +8,14 @@ import torch
 
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
 from magi_attention.kernels.hopper.batches import FORWARD_BATCH
+from magi_attention.kernels.hopper.device_walk import make_key_walk, make_query_walk
 from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
-from magi_attention.kernels.hopper.hopper_schedule import HopperSchedule
 from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
 from magi_attention.kernels.hopper.pipeline import WalkArgs
 from magi_attention.kernels.hopper.row_kernels import launch_finish
 from magi_attention.kernels.hopper.wide_backward_kernel import wide_backward_kernel
 from magi_attention.kernels.hopper.work import backward_work, batch_args, heads_at_a_time, turn_args
+from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.kernels.query_grads import QueryGrads
@@ -104,7 +105,7 @@ def launch_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: HopperSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     state: State,
     is_later: bool,
@@ -120,7 +121,7 @@ def launch_forward(
     sizes = Sizes.of(q, k)
     shape = FORWARD_SHAPES[sizes.dim]
     pack = 2 if sizes.group % 2 == 0 else 1
-    walk = schedule.by_queries(2 * CONSUMER_ROWS // pack, shape.block_k, q.device)
+    walk = schedule.by_queries(make_query_walk, 2 * CONSUMER_ROWS // pack, shape.block_k, q.device)
     heads = heads_at_a_time(sizes.heads_kv, 4 * num_keys * sizes.dim) * (sizes.group // pack)
     num_windows = walk.num_busy if is_later else len(walk.windows)
     if num_windows == 0:
@@ -178,7 +179,7 @@ def launch_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: HopperSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     results: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
@@ -191,7 +192,7 @@ def launch_backward(
         return
     sizes = Sizes.of(q, k)
     shape = BACKWARD_SHAPES[sizes.dim]
-    walk = schedule.by_keys(shape.block_k, shape.block_q, q.device)
+    walk = schedule.by_keys(make_key_walk, shape.block_k, shape.block_q, q.device)
     programs = num_programs(q.device, params)
     work = backward_work(walk, sizes.heads_kv, sizes.group, sizes.dim, programs, takes_turns=params.sm_margin > 0)
     q_tile, k_tile = (shape.block_q, 1, shape.columns), (CONSUMER_ROWS, 1, shape.columns)

@@ -6,15 +6,32 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from magi_attention.kernels.hopper import walk as flags
+from magi_attention.kernels.hopper import records
 from magi_attention.kernels.hopper.gluon_compat import add_tile, store_tile
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-ROW_ENDS_INSIDE = gl.constexpr(flags.ROW_ENDS_INSIDE)
-ROW_BEGINS_INSIDE = gl.constexpr(flags.ROW_BEGINS_INSIDE)
-GOES_ON = gl.constexpr(flags.GOES_ON)
-ENDS = gl.constexpr(flags.ENDS)
+
+# Of records, what kernels read.
+WINDOW_ROW = gl.constexpr(records.WINDOW_ROW)
+WINDOW_ROWS = gl.constexpr(records.WINDOW_ROWS)
+WINDOW_ENTRY = gl.constexpr(records.WINDOW_ENTRY)
+WINDOW_TILES = gl.constexpr(records.WINDOW_TILES)
+WINDOW_FLAGS = gl.constexpr(records.WINDOW_FLAGS)
+WINDOW_SIZE = gl.constexpr(records.WINDOW_SIZE)
+ENTRY_COLUMN = gl.constexpr(records.ENTRY_COLUMN)
+ENTRY_TILES = gl.constexpr(records.ENTRY_TILES)
+ENTRY_CODE = gl.constexpr(records.ENTRY_CODE)
+ENTRY_SIZE = gl.constexpr(records.ENTRY_SIZE)
+BATCH_FIRST = gl.constexpr(records.BATCH_FIRST)
+BATCH_END = gl.constexpr(records.BATCH_END)
+BATCH_SIZE = gl.constexpr(records.BATCH_SIZE)
+FLAG_BITS = gl.constexpr(records.FLAG_BITS)
+FLAG_MASK = gl.constexpr(records.FLAG_MASK)
+ROW_ENDS_INSIDE = gl.constexpr(records.ROW_ENDS_INSIDE)
+ROW_BEGINS_INSIDE = gl.constexpr(records.ROW_BEGINS_INSIDE)
+GOES_ON = gl.constexpr(records.GOES_ON)
+ENDS = gl.constexpr(records.ENDS)
 
 
 class WalkArgs(NamedTuple):
@@ -86,8 +103,8 @@ def find_turns(walk):
     programs, program = gl.num_programs(0), gl.program_id(0)
     first, step, swing, end = program, programs, programs - 1 - 2 * program, walk.num_items
     if walk.num_batches > 0:
-        batch = walk.batches + program * 2
-        first, end = gl.load(batch), gl.load(batch + 1)
+        batch = walk.batches + program * BATCH_SIZE
+        first, end = gl.load(batch + BATCH_FIRST), gl.load(batch + BATCH_END)
         step, swing = 1, 0
     return Turns(first, step, swing, end)
 
@@ -121,15 +138,16 @@ def load_item(walk, turns, turn, ALTERNATE: gl.constexpr):
         window = gl.where(backwards, walk.num_windows - 1 - window, window)
     head = group * walk.heads + index % walk.heads
     exists = index < turns.end
-    at = walk.windows + window * 5
-    return Item(exists, head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4))
+    at = walk.windows + window * WINDOW_SIZE
+    row, rows, entry = gl.load(at + WINDOW_ROW), gl.load(at + WINDOW_ROWS), gl.load(at + WINDOW_ENTRY)
+    return Item(exists, head, row, rows, entry, gl.load(at + WINDOW_TILES), gl.load(at + WINDOW_FLAGS))
 
 
 @gluon.jit
 def load_entry(walk, entry):
     """The column of an entry's first tile to visit, the number of its tiles, and the code of their layer and flags."""
-    where = walk.entries + entry * 4
-    return gl.load(where), gl.load(where + 1), gl.load(where + 2)
+    at = walk.entries + entry * ENTRY_SIZE
+    return gl.load(at + ENTRY_COLUMN), gl.load(at + ENTRY_TILES), gl.load(at + ENTRY_CODE)
 
 
 @gluon.jit
@@ -138,7 +156,7 @@ def load_intervals(walk, code, row, rows, like: gl.constexpr, LAYERED: gl.conste
     index = gl.arange(0, 64, layout=like)
     where = row + index
     if LAYERED:
-        where += gl.cast(code >> 2, gl.int64) * walk.layer_stride
+        where += gl.cast(code >> FLAG_BITS, gl.int64) * walk.layer_stride
     exists = index < rows
     return gl.load(walk.starts + where, mask=exists, other=0), gl.load(walk.ends + where, mask=exists, other=0)
 

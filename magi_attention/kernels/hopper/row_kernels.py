@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.hopper.hopper_schedule import ALIGN
+from magi_attention.kernels.hopper.device_walk import ALIGN
 from magi_attention.kernels.hopper.launcher import Launcher, rows
 from magi_attention.kernels.query_grads import QueryGrads
 

@@ -12,26 +12,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.kernels.hopper.records import (
+    ENDS,
+    ENTRY_CODE,
+    ENTRY_COLUMN,
+    ENTRY_SIZE,
+    ENTRY_TILES,
+    FLAG_BITS,
+    GOES_ON,
+    ROW_BEGINS_INSIDE,
+    ROW_ENDS_INSIDE,
+    WINDOW_ENTRY,
+    WINDOW_FLAGS,
+    WINDOW_ROW,
+    WINDOW_ROWS,
+    WINDOW_SIZE,
+    WINDOW_TILES,
+)
 from magi_attention.kernels.hopper.windows import cut_windows
-from magi_attention.kernels.tile_schedule import column_runs, layer_intervals, split_layers
+from magi_attention.kernels.mask_geometry import Int32Array, column_runs, layer_intervals, split_layers
 from magi_attention.mask.bands import Q0, Q1, IntArray, crop, ranges_to_indices, row_intervals, tighten
-
-Int32Array = NDArray[np.int32]
-
-ROW_ENDS_INSIDE = 1
-"""Flag of a tile: of some row, the columns end before the tile does. Cells are kept where ``column < ends``."""
-
-ROW_BEGINS_INSIDE = 2
-"""Flag of a tile: of some row, the columns start behind the tile's first. Cells are kept where ``column >= starts``."""
-
-GOES_ON = 1
-"""Flag of a window: some row has keys in a later part of the keys, see :mod:`magi_attention.kernels.parts`."""
-
-ENDS = 2
-"""Flag of a window: some row has no keys in a later part."""
 
 READ_AHEAD = 64
 """Rows that a kernel may read behind the ``block_rows`` rows from a window's first."""
+
+SPARE_ENTRIES = 2
+"""Entries behind those of all windows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +48,16 @@ class Walk:
     columns in ``[c, c + block_cols)`` and ``[starts[l, i], ends[l, i])``. Each attended cell is in one tile, and each
     tile has one. Tiles may end behind the last column.
 
+    Windows and entries have the columns that :mod:`magi_attention.kernels.hopper.records` names.
+
     Attributes:
-        windows: int32 ``(num_windows, 5)``, most tiles first: first row, number of rows, first entry, number of tiles,
-            flags. Windows share no row and hold every row.
-        entries: int32 ``(num_entries + 2, 4)``: first column of the last tile, number of tiles, ``layer * 4 + flags``,
-            0. A kernel visits the tiles of an entry at ``block_cols`` columns less each; then the next entry, until it
-            has seen the window's number of tiles. Layers and their columns descend likewise. The last two entries are
-            a tile each that is masked for rows without columns: windows without tiles have the first as theirs, for
-            kernels that compute at least one tile, and read one entry ahead.
+        windows: int32 ``(num_windows, WINDOW_SIZE)``, most tiles first: first row, number of rows, first entry, number
+            of tiles, flags. Windows share no row and hold every row.
+        entries: int32 ``(num_entries + SPARE_ENTRIES, ENTRY_SIZE)``: first column of the last tile, number of tiles, a
+            code of their layer and flags, 0. A kernel visits the tiles of an entry at ``block_cols`` columns less each;
+            then the next entry, until it has seen the window's number of tiles. Layers and their columns descend
+            likewise. The spare entries are a tile each that is masked for rows without columns: windows without tiles
+            have the first as theirs, for kernels that compute at least one tile, and read one entry ahead.
         starts: int32 ``(num_layers, num_rows + block_rows + READ_AHEAD)``: first column of each row's ``l``-th
             interval, in ascending order.
         ends: The same of one past its last column. A row with fewer intervals than layers has empty ones, ``[0, 0)``,
@@ -92,49 +100,53 @@ def build_walk(
     starts, ends = layer_intervals(bands, layer, num_rows + block_rows + READ_AHEAD)
     bounds = cut_windows(bands, starts, ends, num_rows, block_rows, block_cols)
     entries, window = _entries(bands, layer, bounds, num_cols, block_cols, align)
-    entries[:, 0] += (entries[:, 1] - 1) * block_cols
+    entries[:, ENTRY_COLUMN] += (entries[:, ENTRY_TILES] - 1) * block_cols
     entries, window = entries[::-1], window[::-1]
 
     num_windows = len(bounds) - 1
-    weight = np.bincount(window, entries[:, 1], num_windows).astype(np.int64)
+    weight = np.bincount(window, entries[:, ENTRY_TILES], num_windows).astype(np.int64)
     first_entry = np.searchsorted(-window, -np.arange(num_windows))
     first_entry[weight == 0] = len(entries)
     flags = np.full(num_windows, ENDS)
     if goes_on is not None:
         num_rows_on = np.add.reduceat(goes_on, bounds[:-1], dtype=np.int64)
         flags = np.where(num_rows_on > 0, GOES_ON, 0) | np.where(num_rows_on < np.diff(bounds), ENDS, 0)
-    windows = np.stack((bounds[:-1], np.diff(bounds), first_entry, weight, flags), axis=1)
+    windows = np.empty((num_windows, WINDOW_SIZE), np.int32)
+    windows[:, WINDOW_ROW], windows[:, WINDOW_ROWS] = bounds[:-1], np.diff(bounds)
+    windows[:, WINDOW_ENTRY], windows[:, WINDOW_TILES], windows[:, WINDOW_FLAGS] = first_entry, weight, flags
     # The longest first, so that none is left to run alone (Graham 1969).
     windows = windows[np.argsort(-weight, kind="stable")]
-    entries = np.concatenate((entries, [[0, 1, ROW_ENDS_INSIDE, 0]] * 2))
-    return Walk(windows.astype(np.int32), entries.astype(np.int32), starts, ends, num_rows, num_cols, block_cols)
+    spare = np.zeros((SPARE_ENTRIES, ENTRY_SIZE), np.int64)
+    spare[:, ENTRY_TILES], spare[:, ENTRY_CODE] = 1, ROW_ENDS_INSIDE
+    entries = np.concatenate((entries, spare))
+    return Walk(windows, entries.astype(np.int32), starts, ends, num_rows, num_cols, block_cols)
 
 
 def cut_long_windows(walk: Walk, most_tiles: int) -> Walk:
     """The same tiles in windows of at most ``most_tiles`` each: several for the same rows, whose results add up."""
-    tiles = walk.windows[:, 3].astype(np.int64)
+    tiles = walk.windows[:, WINDOW_TILES].astype(np.int64)
     number = np.maximum(-(-tiles // most_tiles), 1)
     window = np.repeat(np.arange(len(tiles)), number)
     nth = ranges_to_indices(np.zeros_like(number), number)
     begin, end = (tiles[window] * n // number[window] for n in (nth, nth + 1))
 
     # Entries lie window by window; here in the order of the windows, by the number of tiles before each.
-    first = walk.windows[tiles > 0, 2].astype(np.int64)
-    bounds = np.append(np.sort(first), len(walk.entries) - 2)
+    first = walk.windows[tiles > 0, WINDOW_ENTRY].astype(np.int64)
+    bounds = np.append(np.sort(first), len(walk.entries) - SPARE_ENTRIES)
     entries = walk.entries[ranges_to_indices(first, np.diff(bounds)[np.searchsorted(bounds, first)])]
-    before = np.cumsum(entries[:, 1]) - entries[:, 1]
+    before = np.cumsum(entries[:, ENTRY_TILES]) - entries[:, ENTRY_TILES]
     begin_of_all = begin + (np.cumsum(tiles) - tiles)[window]
     cuts = np.union1d(before, begin_of_all[end > begin])
     source = np.searchsorted(before, cuts, side="right") - 1
     pieces = entries[source]
-    pieces[:, 0] -= (cuts - before[source]) * walk.block_cols
-    pieces[:, 1] = np.diff(cuts, append=tiles.sum())
+    pieces[:, ENTRY_COLUMN] -= (cuts - before[source]) * walk.block_cols
+    pieces[:, ENTRY_TILES] = np.diff(cuts, append=tiles.sum())
 
     windows = walk.windows[window]
-    windows[:, 2] = np.where(end > begin, np.searchsorted(cuts, begin_of_all), len(pieces))
-    windows[:, 3] = end - begin
-    windows = windows[np.argsort(-windows[:, 3], kind="stable")]
-    return replace(walk, windows=windows, entries=np.concatenate((pieces, walk.entries[-2:])))
+    windows[:, WINDOW_ENTRY] = np.where(end > begin, np.searchsorted(cuts, begin_of_all), len(pieces))
+    windows[:, WINDOW_TILES] = end - begin
+    windows = windows[np.argsort(-windows[:, WINDOW_TILES], kind="stable")]
+    return replace(walk, windows=windows, entries=np.concatenate((pieces, walk.entries[-SPARE_ENTRIES:])))
 
 
 def _entries(
@@ -165,11 +177,11 @@ def _entries(
     flags[:, 0], flags[:, 2] = ROW_BEGINS_INSIDE, ROW_ENDS_INSIDE
     flags[high < low, 1] = ROW_BEGINS_INSIDE | ROW_ENDS_INSIDE
 
-    entries = np.zeros((3 * len(stops), 4), np.int64)
+    entries = np.zeros((3 * len(stops), ENTRY_SIZE), np.int64)
     number = np.diff(stops, prepend=0, axis=1)
-    entries[:, 0] = (start[:, None] + (stops - number) * block_cols).ravel()
-    entries[:, 1] = number.ravel()
-    entries[:, 2] = ((runs.group % num_layers)[:, None] * 4 + flags).ravel()
+    entries[:, ENTRY_COLUMN] = (start[:, None] + (stops - number) * block_cols).ravel()
+    entries[:, ENTRY_TILES] = number.ravel()
+    entries[:, ENTRY_CODE] = ((runs.group % num_layers)[:, None] << FLAG_BITS | flags).ravel()
     window = np.repeat(runs.group // num_layers, 3)
-    used = np.flatnonzero(entries[:, 1])
+    used = np.flatnonzero(entries[:, ENTRY_TILES])
     return entries[used], window[used]

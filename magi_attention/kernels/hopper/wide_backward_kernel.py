@@ -34,9 +34,9 @@ HALF = gl.constexpr(128)  # of the dimensions
 STAGES = gl.constexpr(2)  # of q; of dout there is room for one
 
 
-class Exchange(NamedTuple):
-    """What the consumers have from each other: P and dS of two tiles; and how dq leaves: by a buffer of each, and the
-    descriptor that it is added to.
+class SharedScores(NamedTuple):
+    """What the consumers share: P and dS of two tiles; a buffer of each for its half of dq; and the descriptor that
+    these are added to.
 
     There is a barrier for each of the two. When it lets a consumer go on, the other one has finished the tile before,
     and what that tile had in them may be overwritten in the next one.
@@ -79,7 +79,7 @@ def multiply_ds(ds_tile, key_tiles, CONSUMER: gl.constexpr, COLUMN: gl.constexpr
 
 @gluon.jit
 def next_tile(
-    dk, dv, rings, exchange, tile, query, head, starts, ends, flags, scales,
+    dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
     CONSUMER: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: their part of this consumer's half of ``dk`` and ``dv``, and its half of their ``dq``."""
@@ -104,19 +104,19 @@ def next_tile(
             p = gl.where(columns_before(p, ends - first), p, 0.0)
         if (flags & ROW_BEGINS_INSIDE) != 0:
             p = gl.where(columns_before(p, starts - first), 0.0, p)
-    p_tile = exchange.p_tiles.index(tile & 1)
-    share(p.to(dtype), p_tile, exchange.p_full, CONSUMER)
+    p_tile = shared.p_tiles.index(tile & 1)
+    share(p.to(dtype), p_tile, shared.p_full, CONSUMER)
     dp = warpgroup_mma_wait(0, deps=[dp])
     delta = rings.delta.index(zero).slice(CONSUMER * SCORED, SCORED).load(columns)
-    mbarrier.wait(exchange.p_full.index(0), tile & 1)
+    mbarrier.wait(shared.p_full.index(0), tile & 1)
     dout_half = rings.dout.tiles.index(zero * 2 + CONSUMER).reshape([QUERIES, HALF])
     dv = warpgroup_mma(p_tile, dout_half, dv, is_async=True)
     ds = p * (dp + delta[None, :])
     if SOFTCAP:
         ds *= slope
-    ds_tile = exchange.ds_tiles.index(tile & 1)
-    share(ds.to(dtype), ds_tile, exchange.ds_full, CONSUMER)
-    mbarrier.wait(exchange.ds_full.index(0), tile & 1)
+    ds_tile = shared.ds_tiles.index(tile & 1)
+    share(ds.to(dtype), ds_tile, shared.ds_full, CONSUMER)
+    mbarrier.wait(shared.ds_full.index(0), tile & 1)
     q_half = rings.q.tiles.index(stage * 2 + CONSUMER).reshape([QUERIES, HALF])
     dq = multiply_ds(ds_tile, rings.k.tiles, CONSUMER, 0)
     more_dq = multiply_ds(ds_tile, rings.k.tiles, CONSUMER, 64)
@@ -125,9 +125,9 @@ def next_tile(
     mbarrier.arrive(rings.dout.empty.index(zero), count=1)
     column = (head * 2 + CONSUMER) * HALF
     dq = warpgroup_mma_wait(2, deps=[dq])
-    add_rows(side_by_side(dq), exchange.dq_desc, exchange.dq_tiles.index(CONSUMER), query, column)
+    add_rows(side_by_side(dq), shared.dq_desc, shared.dq_tiles.index(CONSUMER), query, column)
     more_dq = warpgroup_mma_wait(1, deps=[more_dq])
-    add_rows(side_by_side(more_dq), exchange.dq_desc, exchange.dq_tiles.index(CONSUMER), query, column + 64)
+    add_rows(side_by_side(more_dq), shared.dq_desc, shared.dq_tiles.index(CONSUMER), query, column + 64)
     dk = warpgroup_mma_wait(0, deps=[dk])
     mbarrier.arrive(rings.q.empty.index(stage), count=1)
     return dk, dv
@@ -156,9 +156,9 @@ def consume(
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
-    exchange = Exchange(p_tiles, p_full, ds_tiles, ds_full, dq_tiles, dq_desc)
+    shared = SharedScores(p_tiles, p_full, ds_tiles, ds_full, dq_tiles, dq_desc)
     consume_items(
-        next_tile, exchange, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
+        next_tile, shared, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
         CONSUMER, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED, True,
     )  # fmt: skip
 

@@ -12,11 +12,9 @@ document has none of another. But a window less can be worth a window that strad
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
+from magi_attention.kernels.mask_geometry import Int32Array
 from magi_attention.mask.bands import Q0, Q1, IntArray, ranges_to_indices
-
-Int32Array = NDArray[np.int32]
 
 TILE_COST, MASK_COST, WINDOW_COST = 10, 1, 5
 """What a tile takes, what a partial one takes more, and what a window takes beside its tiles: its rows are loaded and
@@ -33,7 +31,7 @@ def cut_windows(
 
     Args:
         bands: Tight bands, shape ``(n, 6)``.
-        starts: The columns that rows attend, see :class:`~magi_attention.kernels.tile_schedule.TileSchedule`.
+        starts: The columns that rows attend, see :func:`~magi_attention.kernels.mask_geometry.layer_intervals`.
         ends: The same.
         num_rows: Number of rows.
         block_rows: Rows of a window. The last one before a cut may have fewer.

@@ -1,13 +1,11 @@
 """Which items programs take: in batches or in turns, and what is cut for the backward kernel."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from magi_attention.kernels.hopper.backward_items import backward_items
 from magi_attention.kernels.hopper.batches import BACKWARD_BATCH
-from magi_attention.kernels.hopper.hopper_schedule import DeviceWalk
+from magi_attention.kernels.hopper.device_walk import DeviceWalk
 from magi_attention.kernels.hopper.pipeline import WalkArgs
 
 CACHED_BYTES = 32 << 20
@@ -42,8 +40,8 @@ def backward_work(
         takes_turns: Whether there are no more programs than that.
     """
     query_bytes = 8 * walk.walk.num_cols * dim  # of a head: q, dout and dq are read and added again and again
-    cut = heads_kv, group, programs, CACHED_BYTES / query_bytes
-    members, groups, most_tiles = walk.once(("items", *cut), functools.partial(backward_items, walk.walk, *cut))
+    cached = CACHED_BYTES / query_bytes
+    members, groups, most_tiles = walk.backward_items(heads_kv, group, programs, cached)
     if most_tiles is not None:
         walk = walk.in_pieces(most_tiles)
     if takes_turns:

@@ -1,4 +1,4 @@
-"""The triton engine: attention over a tile schedule on any GPU that Triton compiles for.
+"""The triton engine: attention by walks over the tiles of a mask, on CUDA GPUs.
 
 :class:`magi_attention.kernels.engine.Engine` specifies its functions. Triton is imported at the first call of one that
 computes, not with this package.
@@ -16,11 +16,11 @@ import math
 
 import torch
 
+from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
 from magi_attention.kernels.query_grads import QueryGrads
 from magi_attention.kernels.triton import tuning
-from magi_attention.kernels.triton.triton_schedule import TritonSchedule
 from magi_attention.mask.bands import IntArray
 
 __all__ = [
@@ -37,37 +37,36 @@ __all__ = [
 
 name = "triton"
 
-DEVICE_TYPES = ("cuda", "xpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """See :meth:`magi_attention.kernels.engine.Engine.refusal`."""
-    if device.type not in DEVICE_TYPES:
-        return f"runs on GPUs ({' and '.join(DEVICE_TYPES)}), not on {device.type}"
+    if device.type != "cuda":
+        return f"runs on CUDA GPUs, not on {device.type}"
     if dtype not in DTYPES:
         return f"takes bfloat16, float16 and float32, not {dtype}"
     if head_dim > tuning.MAX_HEAD_DIM or head_dim % 8:
         return f"takes a head_dim up to {tuning.MAX_HEAD_DIM} that is a multiple of 8, not {head_dim}"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install 'triton>=3.6'"
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "finds no CUDA device here"
-    if device.type == "cuda" and tuning.compute_capability(device) < 8:
+    if tuning.compute_capability(device) < 8:
         return f"needs compute capability 8.0 or higher, which {torch.cuda.get_device_name(device)} has not"
     return None
 
 
-def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> TritonSchedule:
+def schedule(bands: IntArray, num_rows: int, num_keys: int, part: Part | None = None) -> LazySchedule:
     """A mask for this engine; it is compiled to tiles at the first call with a device and a shape of tiles."""
-    return TritonSchedule(bands, num_rows, num_keys, part)
+    return LazySchedule(bands, num_rows, num_keys, part)
 
 
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: TritonSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     state: State | None = None,
     sink: torch.Tensor | None = None,
@@ -112,7 +111,7 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: TritonSchedule,
+    schedule: LazySchedule,
     params: AttnParams,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,12 +13,12 @@ from magi_attention.kernels.triton.launch import Launch, block_of
 from magi_attention.kernels.triton.tiles import (
     LOG2_E,
     advance,
-    as_rows,
+    as_unit_rows,
     bounded_products,
     load_interval,
     load_rows,
-    load_run,
-    load_tile,
+    load_run_record,
+    load_tile_record,
     load_valid_rows,
     packed_rows,
     pointers,
@@ -35,16 +35,16 @@ def launch_start(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse:
     num_rows, heads, head_dim = out.shape
     lse_base_2, delta = (torch.empty(heads, num_rows, dtype=torch.float32, device=out.device) for _ in range(2))
     dq = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    lse, dout_rows = lse.contiguous(), as_rows(dout)
+    lse, dout_rows = lse.contiguous(), as_unit_rows(dout)
     if num_rows:
         start_kernel[triton.cdiv(num_rows, START_ROWS), heads](
-            as_rows(out),
+            as_unit_rows(out),
             dout_rows,
             lse,
             lse if dlse is None else dlse.contiguous(),
             lse_base_2,
             delta,
-            as_rows(dq),
+            as_unit_rows(dq),
             num_rows,
             HEAD_DIM=head_dim,
             BLOCK_D=block_of(head_dim),
@@ -61,13 +61,13 @@ def launch_dq(launch: Launch, grads: QueryGrads) -> None:
     walk = launch.by_queries(shape)
     if walk.num_busy:
         dq_kernel[walk.num_busy, launch.query_programs](
-            as_rows(grads.dout),
+            as_unit_rows(grads.dout),
             launch.q,
             launch.k,
             launch.v,
             grads.lse,
             grads.delta,
-            as_rows(grads.dq),
+            as_unit_rows(grads.dq),
             walk.tables,
             launch.scales,
             PACKED=launch.packed,
@@ -81,14 +81,14 @@ def launch_dkdv(launch: Launch, grads: QueryGrads, dk: torch.Tensor, dv: torch.T
     walk = launch.by_keys(shape)
     if walk.num_tiles:
         dkdv_kernel[walk.num_tiles, launch.heads_kv](
-            as_rows(grads.dout),
+            as_unit_rows(grads.dout),
             launch.q,
             launch.k,
             launch.v,
             grads.lse,
             grads.delta,
-            as_rows(dk),
-            as_rows(dv),
+            as_unit_rows(dk),
+            as_unit_rows(dv),
             walk.tables,
             launch.scales,
             num_queries=launch.schedule.num_rows,
@@ -152,7 +152,7 @@ def dq_kernel(
     SOFTCAP: tl.constexpr,
     LAYERED: tl.constexpr,
 ):
-    first, end, first_run, end_run, num_layers = load_tile(walk)
+    first, end, first_run, end_run, num_layers = load_tile_record(walk)
     token, head, head_kv, valid = packed_rows(first, end, GROUP, PACKED, ROWS)
     row_lse, row_delta, attends = load_row_terms(lse, delta, head.to(tl.int64) * walk.num_rows + token, valid)
     q_tile = load_valid_rows(pointers(q, token, head, BLOCK_D), valid, HEAD_DIM, BLOCK_D)
@@ -164,7 +164,7 @@ def dq_kernel(
     dq_pointers = pointers(dq, token, head, BLOCK_D)
     dq_tile = load_valid_rows(dq_pointers, valid, HEAD_DIM, BLOCK_D)
     for run in range(first_run, end_run):
-        run_start, full_end, run_end = load_run(walk, run)
+        run_start, full_end, run_end = load_run_record(walk, run)
         for start in range(run_start, full_end, COLS):
             k_tile = load_rows(k_pointers + advance(k, start), HEAD_DIM, BLOCK_D)
             v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM, BLOCK_D)
@@ -208,7 +208,7 @@ def dkdv_kernel(
     LAYERED: tl.constexpr,
 ):
     """Rows are keys here and columns are queries. The sums over the heads of a group stay in registers."""
-    first, end, first_run, end_run, num_layers = load_tile(walk)
+    first, end, first_run, end_run, num_layers = load_tile_record(walk)
     head_kv = tl.program_id(1)
     key = first + tl.arange(0, ROWS)
     valid = key < end
@@ -224,7 +224,7 @@ def dkdv_kernel(
         head_lse = lse + tl.cast(head, tl.int64) * num_queries
         head_delta = delta + tl.cast(head, tl.int64) * num_queries
         for run in range(first_run, end_run):
-            run_start, full_end, run_end = load_run(walk, run)
+            run_start, full_end, run_end = load_run_record(walk, run)
             for start in range(run_start, full_end, COLS):
                 q_tile = load_rows(q_pointers + advance(q, start), HEAD_DIM, BLOCK_D)
                 dout_tile = load_rows(dout_pointers + advance(dout, start), HEAD_DIM, BLOCK_D)

@@ -12,12 +12,12 @@ from magi_attention.kernels.triton.launch import Launch
 from magi_attention.kernels.triton.tiles import (
     LOG2_E,
     advance,
-    as_rows,
+    as_unit_rows,
     bounded_products,
     load_interval,
     load_rows,
-    load_run,
-    load_tile,
+    load_run_record,
+    load_tile_record,
     load_valid_rows,
     packed_rows,
     pointers,
@@ -38,7 +38,7 @@ def launch_forward(launch: Launch, state: State, sink: torch.Tensor | None, merg
             launch.q,
             launch.k,
             launch.v,
-            as_rows(state.out if state.sums is None else state.sums),
+            as_unit_rows(state.out if state.sums is None else state.sums),
             state.lse,
             state.row_max,
             None if sink is None else sink.float().contiguous(),
@@ -71,7 +71,7 @@ def forward_kernel(
     LAYERED: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    first, end, first_run, end_run, num_layers = load_tile(walk)
+    first, end, first_run, end_run, num_layers = load_tile_record(walk)
     token, head, head_kv, valid = packed_rows(first, end, GROUP, PACKED, ROWS)
     q_tile = load_valid_rows(pointers(q, token, head, BLOCK_D), valid, HEAD_DIM, BLOCK_D)
     interval_start, interval_end = load_interval(walk, 0, token, valid)
@@ -93,7 +93,7 @@ def forward_kernel(
     earlier_top, earlier_total = top, total
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     for run in range(first_run, end_run):
-        run_start, full_end, run_end = load_run(walk, run)
+        run_start, full_end, run_end = load_run_record(walk, run)
         for start in range(run_start, full_end, COLS):
             k_tile = load_rows(k_pointers + advance(k, start), HEAD_DIM, BLOCK_D)
             v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM, BLOCK_D)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import triton
 
+from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.scales import Scales
-from magi_attention.kernels.triton.tiles import Rows, as_rows
-from magi_attention.kernels.triton.triton_schedule import TritonSchedule, Walk
+from magi_attention.kernels.triton.tile_walk import TileWalk, make_tile_walk
+from magi_attention.kernels.triton.tiles import UnitRows, as_unit_rows
 from magi_attention.kernels.triton.tuning import TileShape, Tuning, choose, packed_heads
 
 
@@ -31,13 +32,13 @@ class Launch:
         device: Where the tensors are.
     """
 
-    q: Rows
-    k: Rows
-    v: Rows
+    q: UnitRows
+    k: UnitRows
+    v: UnitRows
     heads_kv: int
     group: int
     head_dim: int
-    schedule: TritonSchedule
+    schedule: LazySchedule
     scales: Scales
     softcap: bool
     shapes: Tuning
@@ -45,14 +46,14 @@ class Launch:
 
     @classmethod
     def of(
-        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TritonSchedule, params: AttnParams
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: LazySchedule, params: AttnParams
     ) -> "Launch":
         """The launches over these tensors."""
         heads_kv, head_dim = k.shape[1:]
         return cls(
-            q=as_rows(q),
-            k=as_rows(k),
-            v=as_rows(v),
+            q=as_unit_rows(q),
+            k=as_unit_rows(k),
+            v=as_unit_rows(v),
             heads_kv=heads_kv,
             group=q.shape[1] // heads_kv,
             head_dim=head_dim,
@@ -73,15 +74,15 @@ class Launch:
         """Programs for each query tile: one for each head of the keys and part of its query heads."""
         return self.heads_kv * triton.cdiv(self.group, self.packed)
 
-    def by_queries(self, shape: TileShape) -> Walk:
+    def by_queries(self, shape: TileShape) -> TileWalk:
         """The walk over query tiles of a shape, the rows of which are pairs of a query and a head."""
-        return self.schedule.by_queries(shape.rows // self.packed, shape.cols, self.device)
+        return self.schedule.by_queries(make_tile_walk, shape.rows // self.packed, shape.cols, self.device)
 
-    def by_keys(self, shape: TileShape) -> Walk:
+    def by_keys(self, shape: TileShape) -> TileWalk:
         """The walk over key tiles of a shape."""
-        return self.schedule.by_keys(shape.rows, shape.cols, self.device)
+        return self.schedule.by_keys(make_tile_walk, shape.rows, shape.cols, self.device)
 
-    def options(self, shape: TileShape, walk: Walk) -> dict[str, Any]:
+    def options(self, shape: TileShape, walk: TileWalk) -> dict[str, Any]:
         """The compile-time arguments that the kernels share."""
         return dict(
             GROUP=self.group,

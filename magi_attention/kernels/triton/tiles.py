@@ -6,14 +6,27 @@ import torch
 import triton
 import triton.language as tl
 
+from magi_attention.kernels.triton import records
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# Of records, what kernels read.
+TILE_START = tl.constexpr(records.TILE_START)
+TILE_END = tl.constexpr(records.TILE_END)
+TILE_FIRST_RUN = tl.constexpr(records.TILE_FIRST_RUN)
+TILE_END_RUN = tl.constexpr(records.TILE_END_RUN)
+TILE_LAYERS = tl.constexpr(records.TILE_LAYERS)
+TILE_SIZE = tl.constexpr(records.TILE_SIZE)
+RUN_START = tl.constexpr(records.RUN_START)
+RUN_FULL_END = tl.constexpr(records.RUN_FULL_END)
+RUN_END = tl.constexpr(records.RUN_END)
+RUN_SIZE = tl.constexpr(records.RUN_SIZE)
 
 UNIT = tl.constexpr(8)
 """What a head_dim and strides are multiples of. The compiler knows it, so that loads are of eight elements."""
 
 
-class Rows(NamedTuple):
+class UnitRows(NamedTuple):
     """A ``(tokens, heads, head_dim)`` tensor whose last dimension is contiguous; strides count ``UNIT`` elements."""
 
     ptr: Any
@@ -21,26 +34,27 @@ class Rows(NamedTuple):
     head_stride: int
 
 
-def as_rows(x: torch.Tensor) -> Rows:
+def as_unit_rows(x: torch.Tensor) -> UnitRows:
     """The tensor as kernels take it; copied if it is not."""
     token_stride, head_stride, dim_stride = x.stride()
     if dim_stride != 1 or token_stride % UNIT.value or head_stride % UNIT.value:
         x = x.contiguous()
-    return Rows(x, x.stride(0) // UNIT.value, x.stride(1) // UNIT.value)
+    return UnitRows(x, x.stride(0) // UNIT.value, x.stride(1) // UNIT.value)
 
 
 @triton.jit
-def load_tile(walk):
+def load_tile_record(walk):
     """The tile of this program: first row, end of the rows, first run, end of the runs, most intervals of a row."""
-    entry = walk.tiles + tl.program_id(0) * 5
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    at = walk.tiles + tl.program_id(0) * TILE_SIZE
+    start, end, first_run = tl.load(at + TILE_START), tl.load(at + TILE_END), tl.load(at + TILE_FIRST_RUN)
+    return start, end, first_run, tl.load(at + TILE_END_RUN), tl.load(at + TILE_LAYERS)
 
 
 @triton.jit
-def load_run(walk, run):
+def load_run_record(walk, run):
     """First column, end of the full tiles, end of the columns."""
-    entry = walk.runs + run * 3
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    at = walk.runs + run * RUN_SIZE
+    return tl.load(at + RUN_START), tl.load(at + RUN_FULL_END), tl.load(at + RUN_END)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A tile schedule holds exactly the mask."""
+"""The reference engine's tile schedule holds exactly the mask."""
 
 import pickle
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.kernels.tile_schedule import TileSchedule, build_tile_schedule
+from magi_attention.kernels.reference_schedule import TileSchedule, build_tile_schedule
 from magi_attention.mask import AttnMask, builders
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks

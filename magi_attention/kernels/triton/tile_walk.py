@@ -1,15 +1,26 @@
-"""TritonSchedule: a mask, and the walks over its tiles that kernels take, on the devices where they take them."""
+"""TileWalk: a mask compiled into the tiles that kernels walk, on the device where they do."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from magi_attention.kernels.parts import Part
-from magi_attention.kernels.tile_schedule import column_runs, cut_rows, layer_intervals, split_layers
-from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten, transpose
+from magi_attention.kernels.lazy_schedule import MaskView, copy_to_device
+from magi_attention.kernels.mask_geometry import column_runs, cut_rows, layer_intervals, split_layers
+from magi_attention.kernels.triton.records import (
+    RUN_END,
+    RUN_FULL_END,
+    RUN_SIZE,
+    RUN_START,
+    TILE_END,
+    TILE_END_RUN,
+    TILE_FIRST_RUN,
+    TILE_LAYERS,
+    TILE_SIZE,
+    TILE_START,
+)
+from magi_attention.mask.bands import Q0, Q1, IntArray, crop, row_intervals, tighten
 
 
 class Tables(NamedTuple):
@@ -18,10 +29,12 @@ class Tables(NamedTuple):
     Of each row tile, one program computes the *runs*, stretches of columns that first have full tiles and then partial
     ones. Of a partial one, a row attends the columns in ``[starts[l], ends[l])`` of any layer ``l``.
 
+    Tiles and runs have the columns that :mod:`magi_attention.kernels.triton.records` names.
+
     Attributes:
-        tiles: int32 ``(num_tiles, 5)``, most columns first: first row, end of the rows, first run, end of the runs,
-            most intervals of a row.
-        runs: int32 ``(num_runs, 3)``: first column, end of the full tiles, end of the columns.
+        tiles: int32 ``(num_tiles, TILE_SIZE)``, most columns first: first row, end of the rows, first run, end of the
+            runs, most intervals of a row.
+        runs: int32 ``(num_runs, RUN_SIZE)``: first column, end of the full tiles, end of the columns.
         starts: int32 ``(num_layers, num_rows)``: first column of each row's ``l``-th interval.
         ends: The same of one past its last column; empty intervals behind a row's last one.
         num_rows: Number of rows.
@@ -35,7 +48,7 @@ class Tables(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
+class TileWalk:
     """The tiles of a mask in the order and the form in which a kernel computes them.
 
     Attributes:
@@ -51,63 +64,30 @@ class Walk:
     layered: bool
 
 
-@dataclass(frozen=True, eq=False)
-class TritonSchedule:
-    """The mask of ``num_rows`` x ``num_keys`` scores, and which part of the keys these are, if not all.
-
-    The size of tiles depends on head_dim and on how many query heads share a key head, which a schedule is made
-    without; so walks are made when they are first asked for, and kept. They are not pickled.
-    """
-
-    bands: IntArray
-    num_rows: int
-    num_keys: int
-    part: Part | None = None
-    _walks: dict[tuple[bool, int, int, torch.device], Walk] = field(default_factory=dict, init=False, repr=False)
-
-    def by_queries(self, block_q: int, block_k: int, device: torch.device) -> Walk:
-        """The walk over query tiles."""
-        return self._walk(False, block_q, block_k, device)
-
-    def by_keys(self, block_k: int, block_q: int, device: torch.device) -> Walk:
-        """The walk over key tiles, each of which meets runs of queries."""
-        return self._walk(True, block_k, block_q, device)
-
-    def _walk(self, transposed: bool, block_rows: int, block_cols: int, device: torch.device) -> Walk:
-        name = (transposed, block_rows, block_cols, device)
-        if name not in self._walks:
-            bands, shape = self.bands, (self.num_rows, self.num_keys)
-            if transposed:
-                bands, shape = transpose(bands), shape[::-1]
-            self._walks[name] = _make_walk(bands, *shape, block_rows, block_cols, device)
-        return self._walks[name]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TritonSchedule, (self.bands, self.num_rows, self.num_keys, self.part)
-
-
-def _make_walk(
-    bands: IntArray, num_rows: int, num_cols: int, block_rows: int, block_cols: int, device: torch.device
-) -> Walk:
-    bands, layer = split_layers(tighten(bands)[0])
-    starts, ends = layer_intervals(bands, layer, num_rows)
-    bounds = cut_rows(bands, num_rows, block_rows)
-    runs, run_tile = _runs(bands, bounds, num_cols, block_cols)
+def make_tile_walk(mask: MaskView, block_rows: int, block_cols: int, device: torch.device) -> TileWalk:
+    """The walk over row tiles, see :class:`~magi_attention.kernels.lazy_schedule.LazySchedule`."""
+    bands, layer = split_layers(tighten(mask.bands)[0])
+    starts, ends = layer_intervals(bands, layer, mask.num_rows)
+    bounds = cut_rows(bands, mask.num_rows, block_rows)
+    runs, run_tile = _runs(bands, bounds, mask.num_cols, block_cols)
     num_tiles = len(bounds) - 1
     offsets = np.searchsorted(run_tile, np.arange(num_tiles + 1))
-    steps = np.bincount(run_tile, -(-(runs[:, 2] - runs[:, 0]) // block_cols), num_tiles)
+    steps = np.bincount(run_tile, -(-(runs[:, RUN_END] - runs[:, RUN_START]) // block_cols), num_tiles)
     in_use = np.logical_or.reduceat(ends > starts, bounds[:-1], axis=1)
-    columns = bounds[:-1], bounds[1:], offsets[:-1], offsets[1:], in_use.sum(0)
+    tiles = np.empty((num_tiles, TILE_SIZE), np.int64)
+    tiles[:, TILE_START], tiles[:, TILE_END] = bounds[:-1], bounds[1:]
+    tiles[:, TILE_FIRST_RUN], tiles[:, TILE_END_RUN] = offsets[:-1], offsets[1:]
+    tiles[:, TILE_LAYERS] = in_use.sum(0)
     # Programs start in the order of tiles: the longest first, so that none is left to run alone (Graham 1969).
-    tiles = np.stack(columns, axis=1)[np.argsort(-steps, kind="stable")]
+    tiles = tiles[np.argsort(-steps, kind="stable")]
     tables = Tables(
         copy_to_device(tiles, device),
         copy_to_device(runs, device),
         copy_to_device(starts, device),
         copy_to_device(ends, device),
-        num_rows,
+        mask.num_rows,
     )
-    return Walk(tables, num_tiles, int(np.count_nonzero(steps)), len(starts) > 1)
+    return TileWalk(tables, num_tiles, int(np.count_nonzero(steps)), len(starts) > 1)
 
 
 def _runs(bands: IntArray, bounds: IntArray, num_cols: int, block: int) -> tuple[IntArray, IntArray]:
@@ -139,7 +119,9 @@ def _runs(bands: IntArray, bounds: IntArray, num_cols: int, block: int) -> tuple
     run_end = stretch.end[source]
     goes_on = np.flatnonzero(source[1:] == source[:-1])
     run_end[goes_on] = run_start[goes_on + 1]
-    return np.stack((run_start, run_full_end, run_end), axis=1), stretch.group[source]
+    runs = np.empty((len(source), RUN_SIZE), np.int64)
+    runs[:, RUN_START], runs[:, RUN_FULL_END], runs[:, RUN_END] = run_start, run_full_end, run_end
+    return runs, stretch.group[source]
 
 
 def _full_columns(
@@ -164,11 +146,3 @@ def _full_columns(
     begins = np.flatnonzero(is_full[:-1] & ~np.concatenate(([False], is_full[:-2])))
     stops = np.flatnonzero(~is_full[1:] & is_full[:-1]) + 1
     return at[begins], position[begins] % pitch, position[stops] % pitch
-
-
-def copy_to_device(x: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy as int32, without waiting for the device."""
-    host = torch.from_numpy(x.astype(np.int32, copy=False))
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)  # pinned, so that the host does not wait for the device
