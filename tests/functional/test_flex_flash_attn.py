@@ -232,7 +232,7 @@ def test_bad_options() -> None:
     refuse(TypeError, "max_seqlen_q must be an integer", max_seqlen_q=9.5)
     refuse(TypeError, "deterministic must be True or False", deterministic=None)
     refuse(ValueError, "engine must be one of", engine="fast")
-    refuse(ValueError, "engine='triton' was asked for, but triton runs on GPUs", engine="triton")
+    refuse(ValueError, "engine='triton' was asked for, but triton runs on CUDA GPUs", engine="triton")
     refuse(TypeError, "engine must be a name", engine=1)
     refuse(TypeError, "auto_range_merge must be True or False", auto_range_merge="yes")
     refuse(ValueError, "sm_margin must not be negative", sm_margin=-1)

@@ -72,7 +72,7 @@ def test_a_device_that_no_gpu_engine_knows() -> None:
 
 def test_by_name() -> None:
     assert choose_engine(CPU, torch.float32, 64, "reference") is reference
-    with pytest.raises(ValueError, match="engine='triton' was asked for, but triton runs on GPUs"):
+    with pytest.raises(ValueError, match="engine='triton' was asked for, but triton runs on CUDA GPUs"):
         choose_engine(CPU, torch.float32, 64, "triton")
     with pytest.raises(ValueError, match=r"engine must be one of \[.*'reference'\], or None to choose, got 'fast'"):
         choose_engine(CPU, torch.float32, 64, "fast")
