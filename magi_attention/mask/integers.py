@@ -117,7 +117,8 @@ def as_cu_seqlens(cu_seqlens: IntegersLike, name: str) -> IntArray:
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name} must have shape (documents + 1,), got shape {array.shape}")
     if array[0] != 0:
-        raise ValueError(f"{name} must begin at 0, got {name}[0] = {array[0]}")
+        hint = "lengths of documents become borders by builders.cu_seqlens_from_lengths"
+        raise ValueError(f"{name} must begin at 0, got {name}[0] = {array[0]}; {hint}")
     falls = np.flatnonzero(array[1:] < array[:-1])
     if len(falls):
         n = int(falls[0])
