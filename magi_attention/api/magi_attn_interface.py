@@ -1,4 +1,4 @@
-"""The interface: make a key for a mask, dispatch, attend, undispatch. The API page has all key functions here."""
+"""The distributed functions of the API page: make a key for a mask, dispatch, attend, undispatch."""
 
 from typing import get_args
 

@@ -33,9 +33,9 @@ class Agreement:
             ValueError: On every rank, if they are not all the same; also later, until the ranks ask anew.
         """
         if self._work is not None:
-            work, self._work = self._work, None
-            work.wait()
+            self._work.wait()
             self._problem = _problem([tuple(digest.tolist()) for digest in self._digests])
+            self._work = None
         if self._problem is not None:
             raise ValueError(self._problem)
 

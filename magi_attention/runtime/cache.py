@@ -31,7 +31,7 @@ class RuntimeCache:
     def find(self, key: DistAttnRuntimeKey) -> DistAttnRuntime | None:
         """The runtime of ``key``, or None."""
         runtime = self._runtimes.get(key)
-        if runtime is not None:
+        if runtime is not None and key is not self._most_recent:
             self._use(key, runtime)
         return runtime
 
