@@ -45,7 +45,8 @@ def pad_at_dim(x: torch.Tensor, dim: int, pad_size: int, value: float = 0.0, sid
         ValueError: If it is negative, ``dim`` is no dimension of ``x``, or ``side`` is unknown.
     """
     pad_size = as_length(pad_size, "pad_size")
-    _check_dim_and_side(x, dim, side)
+    dim = _checked_dim(x, dim)
+    _check_side(side)
     shape = list(x.shape)
     shape[dim] = pad_size
     padding = x.new_full(shape, value)
@@ -60,15 +61,21 @@ def unpad_at_dim(x: torch.Tensor, dim: int, pad_size: int, side: str = "right") 
         ValueError: If it is negative or more than there is, ``dim`` is no dimension of ``x``, or ``side`` is unknown.
     """
     pad_size = as_length(pad_size, "pad_size")
-    _check_dim_and_side(x, dim, side)
+    dim = _checked_dim(x, dim)
+    _check_side(side)
     if pad_size > x.shape[dim]:
         raise ValueError(f"pad_size must lie in 0 to {x.shape[dim]}, the size of dimension {dim}, not {pad_size}")
     return x.narrow(dim, 0 if side == "right" else pad_size, x.shape[dim] - pad_size)
 
 
-def _check_dim_and_side(x: torch.Tensor, dim: int, side: str) -> None:
-    if not -x.ndim <= as_int(dim, "dim") < x.ndim:
+def _checked_dim(x: torch.Tensor, dim: int) -> int:
+    dim = as_int(dim, "dim")
+    if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim must be one of the {x.ndim} dimensions of x, {tuple(x.shape)}, not {dim}")
+    return dim
+
+
+def _check_side(side: str) -> None:
     if side not in ("left", "right"):
         raise ValueError(f"side must be 'left' or 'right', not {side!r}")
 

@@ -17,7 +17,7 @@ from magi_attention.kernels.validate import check_qkv, check_sink
 from magi_attention.mask.builders import SeqlensLike
 from magi_attention.mask.ranges import RangesLike
 from magi_attention.mask.slices import MaskTypesLike
-from magi_attention.planning import AttnPlan, DispatchPlan, RankPlan
+from magi_attention.planning import AttnPlan, RankPlan
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.dispatch import GradOfGlobal, dispatch_rows, undispatch_rows
 from magi_attention.runtime.dist_attn import DistAttn
@@ -25,7 +25,7 @@ from magi_attention.runtime.groups import position_device
 from magi_attention.runtime.head_parallel import attend_by_heads, check_heads
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import ready_runtime
-from magi_attention.runtime.runtime import DistAttnRuntime, Side
+from magi_attention.runtime.runtime import Side
 
 
 @outside_graphs
@@ -176,7 +176,7 @@ def dispatch(
             ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
-    plan = _of_side(runtime, side)
+    plan = runtime.dispatch_of(side)
     _check_grad(grad)
     _check_rows("x", x, plan.total_seqlen, f"global {_rows_of(key, side)}, without padding")
     return dispatch_rows(x, runtime.dispatch_program(side, x.device), grad)
@@ -208,7 +208,7 @@ def undispatch(
             ranks made the key from different masks.
     """
     runtime = ready_runtime(key)
-    plan = _of_side(runtime, side)
+    plan = runtime.dispatch_of(side)
     _check_grad(grad)
     _check_rows("x", x, plan.local_seqlens[runtime.rank], f"local {_rows_of(key, side)}")
     return undispatch_rows(x, runtime.dispatch_program(side, x.device), grad)
@@ -277,7 +277,7 @@ def calc_attn(
         check_heads(q.shape[1], k.shape[1], runtime.cp_group.intra.size())
     sides: tuple[tuple[str, torch.Tensor, Side], ...] = (("q", q, "q"), ("k", k, "k"), ("v", v, "k"))
     for name, tensor, side in sides:
-        rows = _of_side(runtime, side).local_seqlens[runtime.rank]
+        rows = runtime.dispatch_of(side).local_seqlens[runtime.rank]
         _check_rows(name, tensor, rows, f"local {_rows_of(key, side)}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     params = AttnParams(scale, softcap, deterministic, sm_margin, return_max_logits)
@@ -310,7 +310,7 @@ def get_position_ids(key: DistAttnRuntimeKey, *, side: Side = "q") -> torch.Tens
         ValueError: If ``side`` is unknown, or the key's plan was evicted.
     """
     runtime = runtimes.get(key)
-    positions = torch.from_numpy(_of_side(runtime, side).position_ids(runtime.rank))
+    positions = torch.from_numpy(runtime.dispatch_of(side).position_ids(runtime.rank))
     return positions.to(position_device(runtime.group))
 
 
@@ -334,16 +334,6 @@ def set_plan_cache_capacity(capacity: int) -> None:
         ValueError: If it is less than 1.
     """
     runtimes.set_capacity(capacity)
-
-
-def _of_side(runtime: DistAttnRuntime, side: Side) -> DispatchPlan:
-    match side:
-        case "q":
-            return runtime.dispatch
-        case "k":
-            return runtime.dispatch_k
-        case _:
-            raise ValueError(f"side must be 'q' or 'k', not {side!r}")
 
 
 def _rows_of(key: DistAttnRuntimeKey, side: Side) -> str:

@@ -281,8 +281,8 @@ def print_tables(plan: AttnPlan, ranks: list[RankReport], plan_ms: float, timeli
         if timeline:
             console.print(timeline_table(timeline))
     if plan.dispatch.pad_size:
-        total = plan.dispatch.total_seqlen + plan.dispatch.pad_size
-        print(f"padding: {plan.dispatch.pad_size:,} of {total:,} tokens, so that all ranks have as many whole chunks")
+        padding, total = plan.dispatch.pad_size, plan.dispatch.padded_seqlen
+        print(f"padding: {padding:,} of {total:,} tokens, so that all ranks have as many whole chunks")
     if plan.overlap_choice:
         print(f"stages, with predicted times of the slowest rank:\n{plan.overlap_choice}\n")
     print(f"imbalance {area_imbalance(ranks):.3f}: area of the most loaded rank over the mean")

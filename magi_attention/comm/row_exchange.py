@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from magi_attention.comm.row_sums import RowSums, group_parts
 from magi_attention.planning.routing import GroupCollectivePlan, IntArray
@@ -45,12 +47,13 @@ class RowRouting:
 
 def copy_indices(indices: Sequence[IntArray], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Copy all at once, as int32: no tensor has more rows than that can count."""
-    host = torch.from_numpy(np.concatenate(indices, dtype=np.int32, casting="same_kind"))
-    return copy_to_device(host, device).split([len(x) for x in indices])
+    joined = np.concatenate(indices, dtype=np.int32, casting="same_kind")
+    return copy_to_device(joined, device).split([len(x) for x in indices])
 
 
-def copy_to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same tensor on a device, for which the host does not wait."""
+def copy_to_device(indices: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The same numbers on a device, for which the host does not wait."""
+    host = torch.from_numpy(indices)
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

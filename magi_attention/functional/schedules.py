@@ -13,6 +13,7 @@ import torch
 from magi_attention.kernels.engine import Engine
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray
+from magi_attention.mask.ranges import check_within
 
 CAPACITY = 16
 """How many schedules are kept; the least recently used beyond that are dropped."""
@@ -121,14 +122,8 @@ def _read_and_compile(engine: Engine, mask: MaskTensors) -> CompiledMask:
     if len(unknown):
         n = unknown[0]
         raise ValueError(f"attn_type_map[{n}] is {codes[n]}: use 0 full, 1 causal, 2 inverse causal or 3 bi-causal")
-    for name, tensor, ranges, rows in (("q", "q", q_ranges, mask.num_rows), ("k", "k", k_ranges, mask.num_keys)):
-        beyond = np.flatnonzero(ranges[:, 1] > rows)
-        if len(beyond):
-            n = beyond[0]
-            raise ValueError(
-                f"{name}_ranges[{n}] = [{ranges[n, 0]}, {ranges[n, 1]}) is out of bounds: {tensor} has {rows} tokens, "
-                "which come first, before heads"
-            )
+    for name, ranges, rows in (("q", q_ranges, mask.num_rows), ("k", k_ranges, mask.num_keys)):
+        check_within(ranges, f"{name}_ranges", rows, f"{name} has {rows} tokens, which come first, before heads")
     slices = (q_ranges.tobytes(), k_ranges.tobytes(), codes.tobytes())
     return _compile(engine, slices, mask.num_rows, mask.num_keys)
 

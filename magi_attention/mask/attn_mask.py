@@ -15,7 +15,7 @@ from magi_attention.mask.bands import K0, Q0, Q1, IntArray, area, merge_runs, ro
 from magi_attention.mask.integers import as_int, as_int_array, as_length
 from magi_attention.mask.mask_type import AttnMaskType
 from magi_attention.mask.overlap import find_overlap
-from magi_attention.mask.ranges import AttnRanges, RangesLike
+from magi_attention.mask.ranges import AttnRanges, RangesLike, check_within
 from magi_attention.mask.slices import AttnSlice, MaskTypesLike, bands_to_slices, parse_mask_types, slices_to_bands
 
 
@@ -80,13 +80,8 @@ class AttnMask:
             raise ValueError(
                 f"q_ranges has {len(q)} ranges but k_ranges has {len(k)}: slice n is (q_ranges[n], k_ranges[n])"
             )
-        for name, ranges, total in (("q", q, total_seqlen_q), ("k", k, total_seqlen_k)):
-            beyond = np.flatnonzero(ranges[:, 1] > total)
-            if len(beyond):
-                start, end = ranges[beyond[0]].tolist()
-                raise ValueError(
-                    f"{name}_ranges[{beyond[0]}] = [{start}, {end}) is out of bounds: total_seqlen_{name} is {total}"
-                )
+        check_within(q, "q_ranges", total_seqlen_q, f"total_seqlen_q is {total_seqlen_q}")
+        check_within(k, "k_ranges", total_seqlen_k, f"total_seqlen_k is {total_seqlen_k}")
         codes = parse_mask_types(attn_mask_type, len(q))
         bands = slices_to_bands(q, k, codes)
         pair = find_overlap(bands)

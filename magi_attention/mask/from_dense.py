@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask.attn_mask import AttnMask
+from magi_attention.mask.integers import as_array
 from magi_attention.mask.row_joiner import GrowingBand, join_rows
 from magi_attention.mask.true_runs import split_by_row, true_runs
 
@@ -47,12 +48,7 @@ def from_dense(matrix: MatrixLike, max_slices: int = 4096) -> AttnMask:
 
 
 def _as_bool_matrix(matrix: MatrixLike) -> NDArray[np.bool_]:
-    if hasattr(matrix, "cpu"):  # a tensor, perhaps of another device
-        matrix = matrix.cpu()
-    try:
-        dense = np.asarray(matrix)
-    except ValueError:
-        raise ValueError("matrix must be rectangular, but its rows differ in length") from None
+    dense = as_array(matrix, "matrix")
     if dense.ndim != 2:
         raise ValueError(f"matrix must have shape (total_seqlen_q, total_seqlen_k), got shape {dense.shape}")
     if dense.dtype != np.bool_:

@@ -72,6 +72,20 @@ def as_size(value: Any, name: str) -> int:
     return size
 
 
+def as_array(values: Any, name: str) -> NDArray[Any]:
+    """Numbers in a nested sequence, array or tensor as an array; it may share memory with ``values``.
+
+    Raises:
+        ValueError: If nested sequences differ in length.
+    """
+    if hasattr(values, "cpu"):  # a tensor, perhaps of another device
+        values = values.cpu()
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name} must be rectangular, but its rows differ in length") from None
+
+
 def as_int_array(values: Any, name: str) -> IntArray:
     """Integers in a nested sequence, array or tensor as an int64 array; it may share memory with ``values``.
 
@@ -79,12 +93,7 @@ def as_int_array(values: Any, name: str) -> IntArray:
         TypeError: If they are not integers.
         ValueError: If nested sequences differ in length.
     """
-    if hasattr(values, "cpu"):  # a tensor, perhaps of another device
-        values = values.cpu()
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise ValueError(f"{name} must be rectangular, but its rows differ in length") from None
+    array = as_array(values, name)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} must hold integers, got {array.dtype}")
     return array.astype(np.int64, copy=False)

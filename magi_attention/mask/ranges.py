@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 RangesLike = Union["AttnRanges", Sequence[RangeLike], NDArray[Any], "torch.Tensor"]
 
 
+def check_within(ranges: IntArray, name: str, total: int, what: str) -> None:
+    """Refuse ranges, ``(n, 2)``, that end behind ``total``; ``what`` says in the message what that is.
+
+    Raises:
+        ValueError: If one does.
+    """
+    beyond = np.flatnonzero(ranges[:, 1] > total)
+    if len(beyond):
+        start, end = ranges[beyond[0]].tolist()
+        raise ValueError(f"{name}[{beyond[0]}] = [{start}, {end}) is out of bounds: {what}")
+
+
 class AttnRanges:
     """A list of ranges, in the order in which they were added; it can grow by :meth:`append` and :meth:`extend`.
 

@@ -22,10 +22,7 @@ def density(work: ChunkWork, dispatch: DispatchPlan) -> NDArray[np.float64]:
     """Of each rank's queries and all keys that any of them attends, the share of unmasked cells, ``(cp_size,)``."""
     needs = work.needs_of(dispatch.owner)
     keys = sum_by_group(needs.group, needs.lengths, dispatch.cp_size)
-    first = np.arange(len(dispatch.owner)) * dispatch.chunk_size
-    queries = np.clip(dispatch.total_seqlen - first, 0, dispatch.chunk_size)  # of each chunk, without padding
-    rows = sum_by_group(dispatch.owner, queries, dispatch.cp_size)
-    return rank_areas(work, dispatch.owner, dispatch.cp_size) / np.maximum(keys * rows, 1)
+    return rank_areas(work, dispatch.owner, dispatch.cp_size) / np.maximum(keys * dispatch.real_seqlens, 1)
 
 
 def own_keys_fill(work: ChunkWork, dispatch: DispatchPlan) -> NDArray[np.bool_]:

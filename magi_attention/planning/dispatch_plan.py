@@ -40,6 +40,13 @@ class DispatchPlan:
         """Rows on each rank, ``(cp_size,)``."""
         return tuple(sum_by_group(self.owner, self._chunk_rows, self.cp_size).tolist())
 
+    @cached_property
+    def real_seqlens(self) -> tuple[int, ...]:
+        """Rows on each rank that are not padding and come before it, ``(cp_size,)``."""
+        first = np.arange(len(self.owner)) * self.chunk_size
+        real = np.clip(self.total_seqlen - first, 0, self.chunk_size)
+        return tuple(sum_by_group(self.owner, real, self.cp_size).tolist())
+
     @property
     def local_seqlen(self) -> int:
         """Rows on every rank; where they differ, on the rank that has most."""
@@ -77,11 +84,6 @@ class DispatchPlan:
         """Where global rows stand among the local rows of their owner."""
         chunk, offset = np.divmod(rows, self.chunk_size)
         return self._local_chunk_start[chunk] + offset
-
-    def num_real_rows(self, rank: int) -> int:
-        """How many of the rank's rows are not padding; they come first."""
-        runs = np.minimum(self.runs(rank), self.total_seqlen)
-        return int((runs[:, 1] - runs[:, 0]).sum())
 
     def position_ids(self, rank: int) -> IntArray:
         """Global position of each of the rank's rows; padding repeats the last real position."""

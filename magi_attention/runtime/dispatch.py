@@ -34,25 +34,25 @@ class DispatchProgram:
     group: dist.ProcessGroup
     device: torch.device
 
-    @cached_property
+    @property
     def num_real_rows(self) -> int:
         """This rank's rows without padding, which is behind them."""
-        return self.plan.num_real_rows(self.group.rank())
+        return self.plan.real_seqlens[self.group.rank()]
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """The global row of each of this rank's rows."""
-        return copy_to_device(torch.from_numpy(self.plan.position_ids(self.group.rank())), self.device)
+        return copy_to_device(self.plan.position_ids(self.group.rank()), self.device)
 
     @cached_property
     def places(self) -> torch.Tensor:
         """Where each global row is among the rows of all ranks, one rank behind the other."""
-        return copy_to_device(torch.from_numpy(self.plan.places), self.device)
+        return copy_to_device(self.plan.places, self.device)
 
     @cached_property
     def gathered_positions(self) -> torch.Tensor:
         """The global row of each row of all ranks."""
-        return copy_to_device(torch.from_numpy(self.plan.gathered_positions), self.device)
+        return copy_to_device(self.plan.gathered_positions, self.device)
 
 
 def dispatch_rows(x: torch.Tensor, program: DispatchProgram, grad_of_global: GradOfGlobal) -> torch.Tensor:

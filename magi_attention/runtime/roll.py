@@ -27,7 +27,7 @@ class RollProgram:
     def on_device(cls, plan: RollPlan, device: torch.device) -> "RollProgram":
         """Copy a plan's rows to a device."""
         rows = (plan.stay_from, plan.stay_to, plan.send_rows, plan.recv_to)
-        return cls(plan, *(copy_to_device(torch.from_numpy(r), device) for r in rows))
+        return cls(plan, *(copy_to_device(r, device) for r in rows))
 
 
 def roll_rows(x: torch.Tensor, program: RollProgram, group: dist.ProcessGroup) -> torch.Tensor:

@@ -116,9 +116,23 @@ class DistAttnRuntime:
             self._programs[name] = RankProgram.prepare(self.plan, planned, engine, device)
         return self._programs[name]
 
+    def dispatch_of(self, side: Side) -> DispatchPlan:
+        """The chunks of queries, ``"q"``, or of keys, ``"k"``.
+
+        Raises:
+            ValueError: If ``side`` is neither.
+        """
+        match side:
+            case "q":
+                return self.dispatch
+            case "k":
+                return self.dispatch_k
+            case _:
+                raise ValueError(f"side must be 'q' or 'k', not {side!r}")
+
     def dispatch_program(self, side: Side, device: torch.device) -> DispatchProgram:
-        """The chunks of queries, ``"q"``, or of keys, ``"k"``, made ready for a device."""
-        plan = self.dispatch if side == "q" else self.dispatch_k
+        """These chunks made ready for a device."""
+        plan = self.dispatch_of(side)
         name: tuple[Side, torch.device] = ("q" if plan is self.dispatch else "k", device)
         if name not in self._dispatches:
             self._dispatches[name] = DispatchProgram(plan, self.group, device)

@@ -116,7 +116,7 @@ def check_dispatch_is_a_permutation(plan: AttnPlan) -> None:
         )
         for rank, rows in enumerate(local):
             np.testing.assert_array_equal(dispatch.local_start(rows), np.arange(len(rows)))
-            assert dispatch.num_real_rows(rank) == (rows < dispatch.total_seqlen).sum()
+            assert dispatch.real_seqlens[rank] == (rows < dispatch.total_seqlen).sum()
 
 
 def check_rows_are_shared_equally(plan: AttnPlan) -> None:

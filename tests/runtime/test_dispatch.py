@@ -69,7 +69,7 @@ def dispatch_on_rank(rank: int, group: dist.ProcessGroup, side: Any, grad: Any, 
     total = 37 if side == "q" else 22
     local = dispatch(normal(0, total, 3) * before, key, side=side, grad=grad)
     plan = runtimes.get(key).plan
-    real = (plan.dispatch if side == "q" else plan.dispatch_k).num_real_rows(rank)
+    real = (plan.dispatch if side == "q" else plan.dispatch_k).real_seqlens[rank]
     positions = get_position_ids(key, side=side)[:real]
     (torch.exp(local * behind)[:real] * normal(3, total)[positions, None]).sum().backward()
     return torch.stack((before.grad, behind.grad))

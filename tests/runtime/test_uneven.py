@@ -60,7 +60,7 @@ def make_key(group: dist.ProcessGroup, pad_size: int, order: str) -> DistAttnRun
 
 def rows_on_rank(rank: int, group: dist.ProcessGroup, pad_size: int, order: str) -> tuple[list[int], int]:
     key = make_key(group, pad_size, order)
-    positions, real = get_position_ids(key), runtimes.get(key).plan.dispatch.num_real_rows(rank)
+    positions, real = get_position_ids(key), runtimes.get(key).plan.dispatch.real_seqlens[rank]
     for dtype in (torch.float32, torch.int64, torch.bfloat16, torch.bool):
         x = torch.arange(37 * 3).reshape(37, 3).to(dtype)
         local = dispatch(x, key)

@@ -62,5 +62,5 @@ def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -
     from magi_attention.kernels.hopper.row_kernels import launch_finish
 
     dq = torch.empty(grads.dout.shape, dtype=dtype, device=grads.dq.device)
-    launch_finish(grads.dq, dq, float(params.softmax_scale), shuffled=True)
+    launch_finish(grads.dq, dq, params.softmax_scale, shuffled=True)
     return dq
