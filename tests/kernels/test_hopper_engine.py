@@ -53,7 +53,7 @@ def test_named_masks(engine: EmulatedEngine, name: str) -> None:
     check_bound(run_engine(engine, problem), problem)
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
 @pytest.mark.parametrize("name", ["causal", "varlen causal", "block causal window", SEVERAL])
 def test_many_tiles(engine: EmulatedEngine, name: str, head_dim: int) -> None:
     problem = make_problem(named_masks(440)[name], heads=(2, 1), head_dim=head_dim)
@@ -65,7 +65,7 @@ def test_many_tiles(engine: EmulatedEngine, name: str, head_dim: int) -> None:
     seed=st.integers(0, 1 << 32),
     mask=masks(160),
     heads=st.sampled_from([(2, 1), (1, 1)]),
-    head_dim=st.sampled_from([64, 128, 256]),
+    head_dim=st.sampled_from([64, 128, 192, 256]),
 )
 def test_generated_masks(seed: int, mask: AttnMask, heads: tuple[int, int], head_dim: int) -> None:
     problem = make_problem(mask, heads, head_dim)

@@ -65,10 +65,9 @@ def multiply_ds(ds_tiles, key_tiles, buffer, zero, CONSUMER: gl.constexpr, layou
 @gluon.jit
 def next_tile(
     dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-    CONSUMER: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    CONSUMER: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: their part of ``dk`` and ``dv``, and this consumer's half of their ``dq``."""
-    D: gl.constexpr = rings.k.tiles.shape[3]
     BLOCK_Q: gl.constexpr = rings.q.tiles.shape[1]
     SPLIT_QUERIES: gl.constexpr = BLOCK_Q == 128
     dtype: gl.constexpr = rings.k.tiles.dtype

@@ -19,6 +19,7 @@ from magi_attention.kernels.hopper.pipeline import (
     load_entry,
     load_intervals,
     load_item,
+    multiplied,
     store_rows,
 )
 
@@ -123,8 +124,9 @@ def consume_items(
     BLOCK_Q: gl.constexpr = rings.q.tiles.shape[1]
     ROW_STEP: gl.constexpr = 0 if WIDE else CONSUMER * KEYS
     COLUMN: gl.constexpr = CONSUMER * D if WIDE else 0
-    HEAD_COLUMNS: gl.constexpr = 2 * D if WIDE else D
-    acc_layout: gl.constexpr = mma_layout(D)
+    DIM: gl.constexpr = multiplied(2 * D if WIDE else D, HEAD_DIM)
+    COLUMNS: gl.constexpr = min(D, DIM - COLUMN)
+    acc_layout: gl.constexpr = mma_layout(COLUMNS)
     keys: gl.constexpr = gl.SliceLayout(1, mma_layout(BLOCK_Q // 2 if WIDE else BLOCK_Q))
 
     turn = 0
@@ -136,8 +138,8 @@ def consume_items(
         starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
         # Keys behind the window's end belong to other windows: here they must not add to dq.
         ragged = gl.where(live < KEYS, ROW_ENDS_INSIDE, 0)
-        dk = gl.zeros([KEYS, D], gl.float32, acc_layout)
-        dv = gl.zeros([KEYS, D], gl.float32, acc_layout)
+        dk = gl.zeros([KEYS, COLUMNS], gl.float32, acc_layout)
+        dv = gl.zeros([KEYS, COLUMNS], gl.float32, acc_layout)
         mbarrier.wait(rings.k.full.index(0), turn & 1)
         mbarrier.wait(rings.v.full.index(0), turn & 1)
         for member in range(MEMBERS):
@@ -154,7 +156,7 @@ def consume_items(
                     for _ in range(run):
                         dk, dv = next_tile(
                             dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-                            CONSUMER, False, SOFTCAP,
+                            CONSUMER, DIM, False, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
                         tile += 1
@@ -162,7 +164,7 @@ def consume_items(
                     for _ in range(run):
                         dk, dv = next_tile(
                             dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-                            CONSUMER, True, SOFTCAP,
+                            CONSUMER, DIM, True, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
                         tile += 1
@@ -177,7 +179,7 @@ def consume_items(
         if ADDS_UP:
             mbarrier.arrive(rings.v.empty.index(0), count=1)
             if live > 0:
-                column = head_kv * HEAD_COLUMNS + COLUMN
+                column = head_kv * DIM + COLUMN
                 add_rows(dv, dv_desc, shared.dq_tiles.index(CONSUMER), key, column)
                 add_rows(dk * scales.product, dk_desc, shared.dq_tiles.index(CONSUMER), key, column)
         else:

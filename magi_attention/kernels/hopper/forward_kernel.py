@@ -35,6 +35,7 @@ from magi_attention.kernels.hopper.pipeline import (
     load_item,
     load_kept,
     make_ring,
+    multiplied,
     split_columns,
     store_kept,
     store_rows,
@@ -146,6 +147,12 @@ def store_columns(
 
 
 @gluon.jit
+def scaled(result, weights):
+    """Each row of a tile times its weight."""
+    return result * gl.convert_layout(weights, gl.SliceLayout(1, result.type.layout))[:, None]
+
+
+@gluon.jit
 def finish(
     acc, top, total, out, out_desc, buffer, item, scale,
     ROW_STEP: gl.constexpr, HEAD_STEP: gl.constexpr, PACK: gl.constexpr, HEAD_DIM: gl.constexpr, PART: gl.constexpr,
@@ -154,7 +161,6 @@ def finish(
     COLUMNS: gl.constexpr = out_desc.block_type.shape[2]
     row, live, head = item.row + ROW_STEP, item.rows - ROW_STEP, item.head * PACK + HEAD_STEP
     rows: gl.constexpr = top.type.layout
-    acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     total = gl.convert_layout(gl.sum(total, 1), rows)
     dead = total == 0.0
     lse = gl.where(dead, float("-inf"), (top * scale + gl.log2(total)) * LN2)
@@ -183,24 +189,47 @@ def finish(
         if PART == LATER_PART:
             highest = gl.maximum(highest, gl.load(max_ptr, mask=kept, other=float("-inf")))
         gl.store(max_ptr, highest, mask=kept)
-    blocks = split_columns(acc * gl.convert_layout(weight, acc_rows)[:, None], COLUMNS)
-    for n in gl.static_range(acc.shape[1] // COLUMNS):
-        store_columns(
-            blocks[n], kept, begun, weight_before, out, out_desc, buffer, row, head, live, item.flags,
-            HEAD_DIM, n * COLUMNS, PART,
-        )  # fmt: skip
+    for part in gl.static_range(len(acc)):
+        blocks = split_columns(scaled(acc[part], weight), COLUMNS)
+        for n in gl.static_range(len(blocks)):
+            store_columns(
+                blocks[n], kept, begun, weight_before, out, out_desc, buffer, row, head, live, item.flags,
+                HEAD_DIM, part * acc[0].shape[1] + n * COLUMNS, PART,
+            )  # fmt: skip
 
 
 @gluon.jit
-def multiply_keys(q_tile, k_ring, tile, layout: gl.constexpr):
-    """Start q k^T of the ``tile``-th tile as soon as it is there."""
+def multiply_keys(q_tile, k_ring, tile, layout: gl.constexpr, DIM: gl.constexpr):
+    """Start q k^T of the ``tile``-th tile as soon as it is there, over the first ``DIM`` columns."""
     BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
     D: gl.constexpr = k_ring.tiles.shape[3]
     STAGES: gl.constexpr = k_ring.full.shape[0]
     mbarrier.wait(k_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
     k_tile = k_ring.tiles.index(tile % STAGES).reshape([BLOCK_K, D])
-    zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, layout)
-    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = gl.zeros([ROWS, BLOCK_K], gl.float32, layout)
+    if DIM == D:
+        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+    else:
+        q_part, k_part = q_tile.slice(0, D // 2, dim=1), k_tile.slice(0, D // 2, dim=1)
+        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, use_acc=False, is_async=True)
+        q_part, k_part = q_tile.slice(D // 2, DIM - D // 2, dim=1), k_tile.slice(D // 2, DIM - D // 2, dim=1)
+        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.constexpr_function
+def acc_layout(columns):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.jit
+def no_output(D: gl.constexpr, DIM: gl.constexpr):
+    """Sums over keys that are still 0: a tuple of one tile, or, where ``DIM`` is no power of two, of two."""
+    FIRST: gl.constexpr = D if DIM == D else D // 2
+    acc = (gl.zeros([ROWS, FIRST], gl.float32, acc_layout(FIRST)),)
+    if DIM > FIRST:
+        acc = (acc[0], gl.zeros([ROWS, DIM - FIRST], gl.float32, acc_layout(DIM - FIRST)))
+    return acc
 
 
 @gluon.jit
@@ -210,7 +239,28 @@ def multiply_values(p, v_ring, tile, acc):
     D: gl.constexpr = v_ring.tiles.shape[3]
     STAGES: gl.constexpr = v_ring.full.shape[0]
     mbarrier.wait(v_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
-    return warpgroup_mma(p, v_ring.tiles.index(tile % STAGES).reshape([BLOCK_K, D]), acc, is_async=True)
+    v_tile = v_ring.tiles.index(tile % STAGES).reshape([BLOCK_K, D])
+    if len(acc) == 1:
+        result = (warpgroup_mma(p, v_tile, acc[0], is_async=True),)
+    else:
+        FIRST: gl.constexpr = acc[0].shape[1]
+        SECOND: gl.constexpr = acc[1].shape[1]
+        same_p = gl.convert_layout(p, gl.DotOperandLayout(0, acc_layout(SECOND), 2), assert_trivial=True)
+        first = warpgroup_mma(p, v_tile.slice(0, FIRST, dim=1), acc[0], is_async=True)
+        result = (first, warpgroup_mma(same_p, v_tile.slice(FIRST, SECOND, dim=1), acc[1], is_async=True))
+    return result
+
+
+@gluon.jit
+def wait_for_values(acc, p):
+    """Wait for all products, of which these are the last, and give up ``p``, too."""
+    if len(acc) == 1:
+        first, p = warpgroup_mma_wait(0, deps=[acc[0], p])
+        result = (first,)
+    else:
+        first, second, p = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p])
+        result = (first, second)
+    return result, p
 
 
 @gluon.jit
@@ -231,15 +281,15 @@ def masked(s, starts, ends, flags):
 @gluon.jit
 def next_tile(
     acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
-    MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    DIM: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """The scores of the tile behind the ``tile``-th, and the ``tile``-th one's part of the output."""
     STAGES: gl.constexpr = k_ring.full.shape[0]
     s_layout: gl.constexpr = top.type.layout.parent
     scale = scales.score
-    s_next = multiply_keys(q_tile, k_ring, tile + 1, s_layout)
+    s_next = multiply_keys(q_tile, k_ring, tile + 1, s_layout, DIM)
     acc_next = multiply_values(p, v_ring, tile, acc)
-    s = warpgroup_mma_wait(1, deps=[s_next])
+    s = warpgroup_mma_wait(len(acc), deps=[s_next])
     mbarrier.arrive(k_ring.empty.index((tile + 1) % STAGES), count=1)
     s = bounded(s, scales, SOFTCAP)
     if MASKED:
@@ -252,9 +302,12 @@ def next_tile(
     probs = exp2(s * scale - (safe_top * scale)[:, None])
     part = row_sums(probs)
     total = total * gl.convert_layout(decay, gl.SliceLayout(1, part.type.layout))[:, None] + part
-    acc, p = warpgroup_mma_wait(0, deps=[acc_next, p])
+    acc, p = wait_for_values(acc_next, p)
     mbarrier.arrive(v_ring.empty.index(tile % STAGES), count=1)
-    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if len(acc) == 1:
+        acc = (scaled(acc[0], decay),)
+    else:
+        acc = (scaled(acc[0], decay), scaled(acc[1], decay))
     p = gl.convert_layout(probs.to(p.dtype), p.type.layout)
     return acc, p, new_top, total
 
@@ -286,8 +339,7 @@ def consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
     )
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    DIM: gl.constexpr = multiplied(D, HEAD_DIM)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = q_ring.tiles.dtype
     scale = scales.score
@@ -306,7 +358,7 @@ def consume(
         mbarrier.wait(q_ring.full.index(q_stage), (turn // Q_STAGES) & 1)
         q_tile = q_ring.tiles.index(q_stage * 2 + CONSUMER).reshape([ROWS, D])
 
-        s = multiply_keys(q_tile, k_ring, tile, s_layout)
+        s = multiply_keys(q_tile, k_ring, tile, s_layout, DIM)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_ring.empty.index(tile % STAGES), count=1)
         s = masked(bounded(s, scales, SOFTCAP), starts - col, ends - col, code & FLAG_MASK)
@@ -314,8 +366,8 @@ def consume(
         safe_top = gl.where(top == float("-inf"), 0.0, top)
         probs = exp2(s * scale - (safe_top * scale)[:, None])
         total = row_sums(probs)
-        p = gl.convert_layout(probs.to(dtype), p_layout)
-        acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
+        acc = no_output(D, DIM)
+        p = gl.convert_layout(probs.to(dtype), gl.DotOperandLayout(0, acc[0].type.layout, 2))
         col -= BLOCK_K
         run -= 1
         while left > 0:
@@ -327,14 +379,15 @@ def consume(
                 for _ in range(run):
                     acc, p, top, total = next_tile(
                         acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
-                        False, SOFTCAP,
+                        DIM, False, SOFTCAP,
                     )  # fmt: skip
                     tile += 1
             else:
                 for _ in range(run):
                     acc, p, top, total = next_tile(
-                        acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col, True, SOFTCAP
-                    )
+                        acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
+                        DIM, True, SOFTCAP,
+                    )  # fmt: skip
                     col -= BLOCK_K
                     tile += 1
             col, run, code = next_col, next_run, next_code
@@ -343,8 +396,7 @@ def consume(
         mbarrier.arrive(q_ring.empty.index(q_stage), count=1)
         col, run, code = load_entry(walk, item.entry)
         starts, ends = load_intervals(walk, code, item.row + ROW_STEP, item.rows - ROW_STEP, rows, LAYERED)
-        acc = multiply_values(p, v_ring, tile, acc)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc, p = wait_for_values(multiply_values(p, v_ring, tile, acc), p)
         mbarrier.arrive(v_ring.empty.index(tile % STAGES), count=1)
         tile += 1
         if live > 0:

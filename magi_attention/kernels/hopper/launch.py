@@ -33,23 +33,27 @@ class ForwardShape(NamedTuple):
     """How the forward kernel divides its work and the 227 KiB of shared memory.
 
     Attributes:
+        columns: Dimensions of a tile in shared memory, a power of two; copies fill those behind a head's with zeros.
         block_k: Keys of a tile.
         stages: How many tiles of k, and of v, there is room for.
         q_stages: The same of queries of an item.
         out_columns: Columns of results that are stored at a time.
     """
 
+    columns: int
     block_k: int
     stages: int
     q_stages: int
     out_columns: int
 
 
-# By the dimensions of a tile. Of 256, a consumer's sums take 128 registers a thread: of scores 64 x 64 fit beside them.
+# By the dimensions that are multiplied. Of 256, a consumer's sums take 128 registers a thread: of scores 64 x 64 fit
+# beside them.
 FORWARD_SHAPES = {
-    64: ForwardShape(block_k=128, stages=4, q_stages=2, out_columns=64),
-    128: ForwardShape(block_k=128, stages=2, q_stages=2, out_columns=128),
-    256: ForwardShape(block_k=64, stages=2, q_stages=1, out_columns=128),
+    64: ForwardShape(columns=64, block_k=128, stages=4, q_stages=2, out_columns=64),
+    128: ForwardShape(columns=128, block_k=128, stages=2, q_stages=2, out_columns=128),
+    192: ForwardShape(columns=256, block_k=64, stages=2, q_stages=1, out_columns=128),
+    256: ForwardShape(columns=256, block_k=64, stages=2, q_stages=1, out_columns=128),
 }
 
 
@@ -59,7 +63,7 @@ class BackwardShape(NamedTuple):
     Attributes:
         block_k: Keys of an item.
         block_q: Queries of a tile.
-        columns: Dimensions of a tile in shared memory.
+        columns: Dimensions of a tile in shared memory; there are two side by side for more than 128.
     """
 
     block_k: int
@@ -67,10 +71,11 @@ class BackwardShape(NamedTuple):
     columns: int
 
 
-# By the dimensions of a tile. Of 256, sums of 64 keys, dk and dv, fill the registers of two consumers.
+# By the dimensions that are multiplied. Of 256, sums of 64 keys, dk and dv, fill the registers of two consumers.
 BACKWARD_SHAPES = {
     64: BackwardShape(block_k=128, block_q=128, columns=64),
     128: BackwardShape(block_k=128, block_q=64, columns=128),
+    192: BackwardShape(block_k=64, block_q=64, columns=128),
     256: BackwardShape(block_k=64, block_q=64, columns=128),
 }
 
@@ -82,7 +87,7 @@ class Sizes(NamedTuple):
         heads_kv: Heads of the keys.
         group: Heads of the queries that share one.
         head_dim: Dimensions of a head.
-        dim: Dimensions of a tile, a power of two; copies fill those that a head does not have with zeros.
+        dim: Dimensions that are multiplied; those that a head does not have are zeros.
     """
 
     heads_kv: int
@@ -97,7 +102,7 @@ class Sizes(NamedTuple):
 
 
 def tile_dim(head_dim: int) -> int:
-    """Dimensions of a tile."""
+    """Dimensions that are multiplied."""
     return next(dim for dim in FORWARD_SHAPES if head_dim <= dim)
 
 
@@ -132,10 +137,10 @@ def launch_forward(
         args = batch_args(walk, num_windows, (heads,) * (all_heads // heads), FORWARD_BATCH, programs)
     else:
         args = turn_args(walk, num_windows, heads, all_heads)
-    k_tile = shape.block_k, 1, sizes.dim
+    k_tile = shape.block_k, 1, shape.columns
     _forward(
         grid(args, programs),
-        tiles(copyable(q), (CONSUMER_ROWS, 1, sizes.dim)),
+        tiles(copyable(q), (CONSUMER_ROWS, 1, shape.columns)),
         tiles(copyable(k), k_tile),
         tiles(copyable(v), k_tile),
         tiles(out, (CONSUMER_ROWS, 1, shape.out_columns)),
@@ -205,7 +210,7 @@ def launch_backward(
         k_descs: list[Tiles | None] = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
     else:
         k_descs = [tiles(x, k_tile) if x.dtype == k.dtype else None for x in results]
-    launcher = _wide_backward if sizes.dim == 256 else _backward
+    launcher = _wide_backward if sizes.dim > 128 else _backward
     launcher(
         grid(work.args, programs),
         tiles(copyable(q), q_tile),

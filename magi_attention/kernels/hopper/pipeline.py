@@ -72,6 +72,12 @@ class Rows(NamedTuple):
     head_stride: int
 
 
+@gluon.constexpr_function
+def multiplied(columns, head_dim):
+    """How many of a tile's columns products take: all, or three quarters of 256, if that is enough for a head."""
+    return 192 if columns == 256 and head_dim <= 192 else columns
+
+
 @gluon.jit
 def make_ring(tiles, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     layout: gl.constexpr = mbarrier.MBarrierLayout()
@@ -223,14 +229,17 @@ def first_rows(like, live):
 
 @gluon.jit
 def store_rows(result, x, x_desc, buffer, row, head, live, HEAD_DIM: gl.constexpr, COLUMN: gl.constexpr = 0):
-    """Store a tile of results, of which ``live`` rows exist; whole ones leave by a bulk copy from ``buffer``."""
+    """Store a tile of results, of which ``live`` rows exist; whole ones leave by a bulk copy from ``buffer``.
+
+    If the buffer has more columns, those must be behind the last one of a head, where copies end.
+    """
     if x_desc is None:
         store_kept(result, x, row, head, first_rows(result, live), HEAD_DIM, COLUMN)
     else:
         low = result.to(x_desc.dtype)
         if live >= result.shape[0]:
             tma.store_wait(0)
-            buffer.reshape(result.shape).store(low)
+            buffer.reshape([low.shape[0], buffer.shape[2]]).slice(0, low.shape[1], dim=1).store(low)
             fence_async_shared()
             store_tile(x_desc, [row, head, COLUMN], buffer)
         else:
@@ -239,8 +248,8 @@ def store_rows(result, x, x_desc, buffer, row, head, live, HEAD_DIM: gl.constexp
 
 @gluon.jit
 def split_columns(result, COLUMNS: gl.constexpr):
-    """A tile of results as a tuple of tiles of ``COLUMNS`` columns: itself, or both its halves."""
-    if result.shape[1] == COLUMNS:
+    """A tile of results as a tuple of tiles of up to ``COLUMNS`` columns: itself, or both its halves."""
+    if result.shape[1] <= COLUMNS:
         blocks = (result,)
     else:
         blocks = result.reshape([result.shape[0], 2, COLUMNS]).permute((0, 2, 1)).split()

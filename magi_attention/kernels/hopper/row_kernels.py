@@ -25,11 +25,12 @@ def start_kernel(
     stride,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    dim = tl.arange(0, DIM)
+    dim = tl.arange(0, COLUMNS)
     exists = token < num_tokens
     inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
     far = token.to(tl.int64)[:, None]
@@ -45,28 +46,29 @@ def start_kernel(
     stored = token < stride
     tl.store(neg_lse + head * stride + token, tl.where(attends, row_lse * -LOG2_E, float("-inf")), mask=stored)
     tl.store(neg_delta + head * stride + token, tl.where(attends, -delta, 0.0), mask=stored)
-    zeros = tl.zeros((TOKENS, DIM), tl.float32)
-    tl.store(dq + (far * tl.num_programs(0) + head) * DIM + dim[None, :], zeros, mask=exists[:, None])
+    zeros = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    inside = exists[:, None] & (dim < DIM)[None, :]
+    tl.store(dq + (far * tl.num_programs(0) + head) * DIM + dim[None, :], zeros, mask=inside)
 
 
 @triton.jit
-def in_order(tile, TOKENS: tl.constexpr, DIM: tl.constexpr):
+def in_order(tile, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     """The dimensions of each 64 as :func:`magi_attention.kernels.hopper.pipeline.side_by_side` found them."""
-    return tile.reshape((TOKENS, DIM // 32, 4, 4, 2)).permute((0, 1, 3, 2, 4)).reshape((TOKENS, DIM))
+    return tile.reshape((TOKENS, COLUMNS // 32, 4, 4, 2)).permute((0, 1, 3, 2, 4)).reshape((TOKENS, COLUMNS))
 
 
 @triton.jit
 def finish_kernel(
     sums, result, scale, num_tokens,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SHUFFLED: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, SHUFFLED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    dim = tl.arange(0, DIM)
+    dim = tl.arange(0, COLUMNS)
     row = token.to(tl.int64)[:, None] * tl.num_programs(0) + tl.program_id(0)
     exists = (token < num_tokens)[:, None]
-    tile = tl.load(sums + row * DIM + dim[None, :], mask=exists, other=0.0)
+    tile = tl.load(sums + row * DIM + dim[None, :], mask=exists & (dim < DIM)[None, :], other=0.0)
     if SHUFFLED:
-        tile = in_order(tile, TOKENS, DIM)
+        tile = in_order(tile, TOKENS, COLUMNS)
     low = (tile * scale).to(result.dtype.element_ty)
     tl.store(result + row * HEAD_DIM + dim[None, :], low, mask=exists & (dim < HEAD_DIM)[None, :])
 
@@ -82,7 +84,7 @@ def launch_start(
     ``lse`` becomes its negative in units of ``log(2)``, and ``delta`` its negative, so that both are added. A query
     that attends nothing gets -inf, which makes its probabilities 0, and delta 0. Both are ``(num_heads, tokens)``, with
     the tokens up to a multiple of ``ALIGN`` as if there were more that attend nothing. ``dq`` is filled with zeros; it
-    has ``dim`` dimensions, as tiles have, and gets them in an order of the backward kernel's own.
+    has the ``dim`` dimensions that are multiplied, and gets them in an order of the backward kernel's own.
     """
     num_tokens, num_heads, head_dim = out.shape
     stride = -(-num_tokens // ALIGN) * ALIGN
@@ -91,17 +93,22 @@ def launch_start(
     if num_tokens:
         grid = num_heads, -(-num_tokens // TOKENS), 1
         args = rows(out), rows(dout), lse, dlse, neg_lse, neg_delta, dq, num_tokens, stride
-        _start(grid, *args, HEAD_DIM=head_dim, DIM=dim, TOKENS=TOKENS)
+        _start(grid, *args, **columns(head_dim, dim), TOKENS=TOKENS)
     return QueryGrads(dout, neg_lse, neg_delta, dq)
 
 
 def launch_finish(sums: torch.Tensor, result: torch.Tensor, scale: float, shuffled: bool) -> None:
-    """``result`` from the sums of the backward kernel: times ``scale``, without the dimensions that only tiles have.
+    """``result`` from the sums of the backward kernel: times ``scale``, without the dimensions that a head does not have.
 
     Sums of queries are ``shuffled``: their dimensions are put in order.
     """
     num_tokens, num_heads, head_dim = result.shape
     if num_tokens:
         grid = num_heads, -(-num_tokens // TOKENS), 1
-        sizes = {"HEAD_DIM": head_dim, "DIM": sums.shape[2]}
+        sizes = columns(head_dim, sums.shape[2])
         _finish(grid, sums, result, scale, num_tokens, **sizes, SHUFFLED=shuffled, TOKENS=TOKENS)
+
+
+def columns(head_dim: int, dim: int) -> dict[str, int]:
+    """Dimensions of a head, of its sums, and of a tile in a kernel, a power of two."""
+    return {"HEAD_DIM": head_dim, "DIM": dim, "COLUMNS": triton.next_power_of_2(dim)}

@@ -2,6 +2,7 @@
 
 Sums of 64 keys and 256 dimensions fill the registers of two consumers. Each owns 128 of the dimensions, of dk and dv as
 of dq, but makes the scores of all dimensions for 32 of the 64 queries. So they exchange P and dS through shared memory.
+Where a head has no more than 192 dimensions, the second consumer owns 64, and nothing is multiplied behind them.
 All else is as in :mod:`magi_attention.kernels.hopper.backward_kernel`.
 """
 
@@ -51,14 +52,21 @@ class SharedScores(NamedTuple):
 
 
 @gluon.jit
-def multiply_keys(key_tiles, query_tiles, zero, stage, CONSUMER: gl.constexpr, layout: gl.constexpr):
-    """Start the product of all keys and this consumer's queries, summed over both halves of the dimensions."""
+def multiply_keys(key_tiles, query_tiles, zero, stage, CONSUMER: gl.constexpr, DIM: gl.constexpr, layout: gl.constexpr):
+    """Start the product of all keys and this consumer's queries, summed over both parts of the dimensions."""
     product = gl.zeros([KEYS, SCORED], gl.float32, layout)
-    for half in gl.static_range(2):
-        keys = key_tiles.index(zero + half).reshape([KEYS, HALF])
-        queries = query_tiles.index(stage * 2 + half).reshape([QUERIES, HALF]).slice(CONSUMER * SCORED, SCORED, dim=0)
-        product = warpgroup_mma(keys, queries.permute((1, 0)), product, use_acc=half == 1, is_async=True)
+    for part in gl.static_range(2):
+        keys = first_columns(key_tiles.index(zero + part), KEYS, part, DIM)
+        queries = first_columns(query_tiles.index(stage * 2 + part), QUERIES, part, DIM)
+        queries = queries.slice(CONSUMER * SCORED, SCORED, dim=0)
+        product = warpgroup_mma(keys, queries.permute((1, 0)), product, use_acc=part == 1, is_async=True)
     return product
+
+
+@gluon.jit
+def first_columns(tile, ROWS: gl.constexpr, PART: gl.constexpr, DIM: gl.constexpr):
+    """What is multiplied of the ``PART``-th part of the dimensions."""
+    return tile.reshape([ROWS, HALF]).slice(0, min(HALF, DIM - PART * HALF), dim=1)
 
 
 @gluon.jit
@@ -80,18 +88,18 @@ def multiply_ds(ds_tile, key_tiles, CONSUMER: gl.constexpr, COLUMN: gl.constexpr
 @gluon.jit
 def next_tile(
     dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-    CONSUMER: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    CONSUMER: gl.constexpr, DIM: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """One tile of queries: their part of this consumer's half of ``dk`` and ``dv``, and its half of their ``dq``."""
+    """One tile of queries: their part of this consumer's columns of ``dk`` and ``dv``, and its columns of ``dq``."""
     dtype: gl.constexpr = rings.q.tiles.dtype
     s_layout: gl.constexpr = mma_layout(SCORED)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     stage = tile % STAGES
     zero = hidden_zero(tile)
     mbarrier.wait(rings.q.full.index(stage), (tile // STAGES) & 1)
-    s = multiply_keys(rings.k.tiles, rings.q.tiles, zero, stage, CONSUMER, s_layout)
+    s = multiply_keys(rings.k.tiles, rings.q.tiles, zero, stage, CONSUMER, DIM, s_layout)
     mbarrier.wait(rings.dout.full.index(zero), tile & 1)
-    dp = multiply_keys(rings.v.tiles, rings.dout.tiles, zero, zero, CONSUMER, s_layout)
+    dp = multiply_keys(rings.v.tiles, rings.dout.tiles, zero, zero, CONSUMER, DIM, s_layout)
     lse = rings.lse.index(stage).slice(CONSUMER * SCORED, SCORED).load(columns)
     s = warpgroup_mma_wait(2, deps=[s])
     if SOFTCAP:
@@ -109,25 +117,28 @@ def next_tile(
     dp = warpgroup_mma_wait(0, deps=[dp])
     delta = rings.delta.index(zero).slice(CONSUMER * SCORED, SCORED).load(columns)
     mbarrier.wait(shared.p_full.index(0), tile & 1)
-    dout_half = rings.dout.tiles.index(zero * 2 + CONSUMER).reshape([QUERIES, HALF])
-    dv = warpgroup_mma(p_tile, dout_half, dv, is_async=True)
+    dout_part = first_columns(rings.dout.tiles.index(zero * 2 + CONSUMER), QUERIES, CONSUMER, DIM)
+    dv = warpgroup_mma(p_tile, dout_part, dv, is_async=True)
     ds = p * (dp + delta[None, :])
     if SOFTCAP:
         ds *= slope
     ds_tile = shared.ds_tiles.index(tile & 1)
     share(ds.to(dtype), ds_tile, shared.ds_full, CONSUMER)
     mbarrier.wait(shared.ds_full.index(0), tile & 1)
-    q_half = rings.q.tiles.index(stage * 2 + CONSUMER).reshape([QUERIES, HALF])
+    q_part = first_columns(rings.q.tiles.index(stage * 2 + CONSUMER), QUERIES, CONSUMER, DIM)
+    OWNS_HALF: gl.constexpr = dk.shape[1] == HALF
     dq = multiply_ds(ds_tile, rings.k.tiles, CONSUMER, 0)
-    more_dq = multiply_ds(ds_tile, rings.k.tiles, CONSUMER, 64)
-    dk = warpgroup_mma(ds_tile, q_half, dk, is_async=True)
-    dv = warpgroup_mma_wait(3, deps=[dv])
+    if OWNS_HALF:
+        more_dq = multiply_ds(ds_tile, rings.k.tiles, CONSUMER, 64)
+    dk = warpgroup_mma(ds_tile, q_part, dk, is_async=True)
+    dv = warpgroup_mma_wait(3 if OWNS_HALF else 2, deps=[dv])
     mbarrier.arrive(rings.dout.empty.index(zero), count=1)
-    column = (head * 2 + CONSUMER) * HALF
-    dq = warpgroup_mma_wait(2, deps=[dq])
+    column = head * DIM + CONSUMER * HALF
+    dq = warpgroup_mma_wait(2 if OWNS_HALF else 1, deps=[dq])
     add_rows(side_by_side(dq), shared.dq_desc, shared.dq_tiles.index(CONSUMER), query, column)
-    more_dq = warpgroup_mma_wait(1, deps=[more_dq])
-    add_rows(side_by_side(more_dq), shared.dq_desc, shared.dq_tiles.index(CONSUMER), query, column + 64)
+    if OWNS_HALF:
+        more_dq = warpgroup_mma_wait(1, deps=[more_dq])
+        add_rows(side_by_side(more_dq), shared.dq_desc, shared.dq_tiles.index(CONSUMER), query, column + 64)
     dk = warpgroup_mma_wait(0, deps=[dk])
     mbarrier.arrive(rings.q.empty.index(stage), count=1)
     return dk, dv

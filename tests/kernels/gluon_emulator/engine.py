@@ -88,7 +88,7 @@ def _modules(device: Device) -> dict[str, Any]:
         max=reduction(torch.amax),
         sum=reduction(torch.sum),
         cast=_cast,
-        convert_layout=lambda x, layout: Tensor(raw(x), layout),
+        convert_layout=lambda x, layout, assert_trivial=False: Tensor(raw(x), layout),
         load=load,
         store=store,
         inline_asm_elementwise=_assembly,
@@ -121,7 +121,9 @@ def _modules(device: Device) -> dict[str, Any]:
     gluon = SimpleNamespace(jit=jit, constexpr_function=lambda function: function, language=language)
     runtime = SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
     return {
-        "triton": SimpleNamespace(jit=jit, cdiv=lambda a, b: -(-a // b), language=language, runtime=runtime),
+        "triton": SimpleNamespace(
+            jit=jit, next_power_of_2=lambda n: 1 << (n - 1).bit_length(), language=language, runtime=runtime
+        ),
         "triton.language": language,
         "triton.experimental": SimpleNamespace(gluon=gluon),
         "triton.experimental.gluon": gluon,
