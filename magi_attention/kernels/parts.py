@@ -73,7 +73,7 @@ class State(NamedTuple):
     row_max: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, q: torch.Tensor, part: Part | None, with_max: bool) -> "State":
+    def empty(cls, q: torch.Tensor, head_dim_v: int, part: Part | None, with_max: bool) -> "State":
         """Memory for the state of ``q`` after the first part, or for all keys at once if ``part`` is None.
 
         Args:
@@ -81,7 +81,7 @@ class State(NamedTuple):
             part: The first part.
             with_max: Whether the highest scores are asked for.
         """
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(*q.shape[:2], head_dim_v, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         sums = None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32)
         return cls(out, lse, sums, torch.empty_like(lse) if with_max else None)

@@ -82,7 +82,7 @@ def run_engine(engine: Engine, problem: Problem) -> list[Tensor]:
     p = problem
     schedule = engine.schedule(p.mask.bands, len(p.q), len(p.k))
     state = engine.forward(p.q, p.k, p.v, schedule, p.params, sink=p.sink)
-    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params)
+    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params, p.q.shape[2])
     key_grads = engine.backward(grads, p.q, p.k, p.v, schedule, p.params, p.k.dtype)
     return _results(engine, problem, state, grads, key_grads)
 
@@ -103,7 +103,7 @@ def run_in_parts(engine: Engine, problem: Problem, bounds: list[int]) -> list[Te
         assert state is None or all(a is b for a, b in zip(after, state, strict=True)), "parts are added in place"
         state = after
     assert state is not None
-    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params)
+    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params, p.q.shape[2])
     shares = [engine.backward(grads, p.q, k, v, schedule, p.params) for k, v, schedule in parts]
     dk, dv = (torch.cat(x).to(p.k.dtype) for x in zip(*shares, strict=True))
     return _results(engine, problem, state, grads, (dk, dv))

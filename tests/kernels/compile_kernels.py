@@ -47,7 +47,7 @@ class Case:
     """One way to call an engine.
 
     Attributes:
-        head_dim: Dimensions of a head.
+        head_dim: Dimensions of a head of queries and keys.
         dtype: Of the inputs.
         group: Query heads that share a key head.
         softcap: See :class:`~magi_attention.kernels.params.AttnParams`.
@@ -55,6 +55,7 @@ class Case:
         parts: Whether keys come in parts, so that results are float32 and are merged.
         sink: Whether there is a sink, and the highest scores are asked for.
         capability: Of the GPU, times ten.
+        head_dim_v: Dimensions of a head of values; None for those of keys.
     """
 
     head_dim: int
@@ -65,6 +66,7 @@ class Case:
     parts: bool = False
     sink: bool = False
     capability: int = 90
+    head_dim_v: int | None = None
 
 
 HALF = torch.float16
@@ -82,6 +84,9 @@ HOPPER_CASES = {
     "192, fp16, odd group, softcap, layered": Case(192, HALF, 3, 30.0, LAYERED),
     "256, parts, sink": Case(256, parts=True, sink=True),
     "136, layered, parts": Case(136, mask=LAYERED, parts=True),
+    "192 and 128": Case(192, group=1, head_dim_v=128),
+    "192 and 128, parts, group of 6": Case(192, parts=True, head_dim_v=128),
+    "128 and 64, fp16, softcap, layered": Case(128, HALF, 6, 30.0, LAYERED, head_dim_v=64),
 }
 TRITON_CASES = {
     "64": Case(64, group=8, parts=True),
@@ -145,9 +150,16 @@ def compile_case(engine: str, name: str) -> list[Compiled]:
     """Call all functions of an engine, but for the backward pass where its kernels are those of another case: with a
     sink."""
     module, case = {"hopper": hopper, "triton": by_tiles}[engine], CASES[engine][name]
-    heads_kv = 2
-    q, dout = (torch.zeros(TOKENS, heads_kv * case.group, case.head_dim, dtype=case.dtype) for _ in range(2))
-    k, v = (torch.zeros(TOKENS, heads_kv, case.head_dim, dtype=case.dtype) for _ in range(2))
+    heads_kv, head_dim_v = 2, case.head_dim_v or case.head_dim
+    q, k, v, dout = (
+        torch.zeros(TOKENS, heads, dim, dtype=case.dtype)
+        for heads, dim in (
+            (heads_kv * case.group, case.head_dim),
+            (heads_kv, case.head_dim),
+            (heads_kv, head_dim_v),
+            (heads_kv * case.group, head_dim_v),
+        )
+    )
     params = AttnParams(1.0, case.softcap, return_max_logits=case.sink)
     sink = torch.zeros(heads_kv * case.group) if case.sink else None
     part = Part(np.ones(TOKENS, np.bool_)) if case.parts else None
@@ -160,7 +172,7 @@ def compile_case(engine: str, name: str) -> list[Compiled]:
         if case.sink:
             return compiled
         out, lse = state.out, state.lse
-        grads = module.start_backward(out, dout, lse, lse, params)
+        grads = module.start_backward(out, dout, lse, lse, params, case.head_dim)
         module.backward(grads, q, k, v, schedule, params, dtype)
         if case.mask is CAUSAL and not case.parts:
             # The hopper engine has another kernel for windows that have the same number of tiles.

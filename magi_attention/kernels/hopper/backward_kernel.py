@@ -65,7 +65,7 @@ def multiply_ds(ds_tiles, key_tiles, buffer, zero, CONSUMER: gl.constexpr, layou
 @gluon.jit
 def next_tile(
     dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-    CONSUMER: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    CONSUMER: gl.constexpr, D: gl.constexpr, DIM_V: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: their part of ``dk`` and ``dv``, and this consumer's half of their ``dq``."""
     BLOCK_Q: gl.constexpr = rings.q.tiles.shape[1]
@@ -148,13 +148,16 @@ def consume(
     MEMBERS: gl.constexpr,
     ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    DIM: gl.constexpr,
+    DIM_V: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
     shared = SharedDs(ds_tiles, ds_full, dq_tiles, dq_desc)
     consume_items(
         next_tile, shared, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-        CONSUMER, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED, False,
+        CONSUMER, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, HEAD_DIM_V, DIM, DIM_V, SOFTCAP, LAYERED, False,
     )  # fmt: skip
 
 
@@ -178,6 +181,9 @@ def backward_kernel(
     MEMBERS: gl.constexpr,
     ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    DIM: gl.constexpr,
+    DIM_V: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
@@ -204,14 +210,14 @@ def backward_kernel(
                 consume,
                 (
                     ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-                    0, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED,
+                    0, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, HEAD_DIM_V, DIM, DIM_V, SOFTCAP, LAYERED,
                 ),
             ),
             (
                 consume,
                 (
                     ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-                    1, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED,
+                    1, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, HEAD_DIM_V, DIM, DIM_V, SOFTCAP, LAYERED,
                 ),
             ),
             (

@@ -19,7 +19,7 @@ from magi_attention.kernels.hopper.pipeline import (
     load_entry,
     load_intervals,
     load_item,
-    multiplied,
+    split_columns,
     store_rows,
 )
 
@@ -117,16 +117,16 @@ def produce(
 def consume_items(
     next_tile: gl.constexpr, shared, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
     CONSUMER: gl.constexpr, GROUP: gl.constexpr, MEMBERS: gl.constexpr, ADDS_UP: gl.constexpr,
-    HEAD_DIM: gl.constexpr, SOFTCAP: gl.constexpr, LAYERED: gl.constexpr, WIDE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
+    SOFTCAP: gl.constexpr, LAYERED: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Add up dk and dv of item after item; ``next_tile`` adds those of a tile, and sends ``dq`` where it belongs."""
-    D: gl.constexpr = rings.k.tiles.shape[3]
+    COLUMN: gl.constexpr = CONSUMER * rings.k.tiles.shape[3] if WIDE else 0
+    COLUMN_V: gl.constexpr = CONSUMER * rings.v.tiles.shape[3] if WIDE else 0
+    COLUMNS: gl.constexpr = min(rings.k.tiles.shape[3], DIM - COLUMN)
+    COLUMNS_V: gl.constexpr = min(rings.v.tiles.shape[3], DIM_V - COLUMN_V)
     BLOCK_Q: gl.constexpr = rings.q.tiles.shape[1]
     ROW_STEP: gl.constexpr = 0 if WIDE else CONSUMER * KEYS
-    COLUMN: gl.constexpr = CONSUMER * D if WIDE else 0
-    DIM: gl.constexpr = multiplied(2 * D if WIDE else D, HEAD_DIM)
-    COLUMNS: gl.constexpr = min(D, DIM - COLUMN)
-    acc_layout: gl.constexpr = mma_layout(COLUMNS)
     keys: gl.constexpr = gl.SliceLayout(1, mma_layout(BLOCK_Q // 2 if WIDE else BLOCK_Q))
 
     turn = 0
@@ -138,8 +138,8 @@ def consume_items(
         starts, ends = load_intervals(walk, code, key, live, keys, LAYERED)
         # Keys behind the window's end belong to other windows: here they must not add to dq.
         ragged = gl.where(live < KEYS, ROW_ENDS_INSIDE, 0)
-        dk = gl.zeros([KEYS, COLUMNS], gl.float32, acc_layout)
-        dv = gl.zeros([KEYS, COLUMNS], gl.float32, acc_layout)
+        dk = gl.zeros([KEYS, COLUMNS], gl.float32, mma_layout(COLUMNS))
+        dv = gl.zeros([KEYS, COLUMNS_V], gl.float32, mma_layout(COLUMNS_V))
         mbarrier.wait(rings.k.full.index(0), turn & 1)
         mbarrier.wait(rings.v.full.index(0), turn & 1)
         for member in range(MEMBERS):
@@ -156,7 +156,7 @@ def consume_items(
                     for _ in range(run):
                         dk, dv = next_tile(
                             dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-                            CONSUMER, DIM, False, SOFTCAP,
+                            CONSUMER, DIM, DIM_V, False, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
                         tile += 1
@@ -164,7 +164,7 @@ def consume_items(
                     for _ in range(run):
                         dk, dv = next_tile(
                             dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-                            CONSUMER, DIM, True, SOFTCAP,
+                            CONSUMER, DIM, DIM_V, True, SOFTCAP,
                         )  # fmt: skip
                         query -= BLOCK_Q
                         tile += 1
@@ -179,15 +179,20 @@ def consume_items(
         if ADDS_UP:
             mbarrier.arrive(rings.v.empty.index(0), count=1)
             if live > 0:
+                add_rows(dv, dv_desc, shared.dq_tiles.index(CONSUMER), key, head_kv * DIM_V + COLUMN_V)
                 column = head_kv * DIM + COLUMN
-                add_rows(dv, dv_desc, shared.dq_tiles.index(CONSUMER), key, column)
                 add_rows(dk * scales.product, dk_desc, shared.dq_tiles.index(CONSUMER), key, column)
         else:
             # Nobody reads this part of v any more: the other consumer was through with v before it shared its last dS.
             v_buffer = rings.v.tiles.index(CONSUMER)
             if live > 0:
-                store_rows(dv, dv_rows, dv_desc, v_buffer, key, head_kv, live, HEAD_DIM, COLUMN)
-                store_rows(dk * scales.product, dk_rows, dk_desc, v_buffer, key, head_kv, live, HEAD_DIM, COLUMN)
+                store_rows(dv, dv_rows, dv_desc, v_buffer, key, head_kv, live, HEAD_DIM_V, COLUMN_V)
+                blocks = split_columns(dk * scales.product, v_buffer.shape[2])
+                for n in gl.static_range(len(blocks)):
+                    store_rows(
+                        blocks[n], dk_rows, dk_desc, v_buffer, key, head_kv, live, HEAD_DIM,
+                        COLUMN + n * v_buffer.shape[2],
+                    )  # fmt: skip
             tma.store_wait(0)
             mbarrier.arrive(rings.v.empty.index(0), count=1)
         item = after

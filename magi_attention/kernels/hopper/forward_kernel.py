@@ -35,7 +35,6 @@ from magi_attention.kernels.hopper.pipeline import (
     load_item,
     load_kept,
     make_ring,
-    multiplied,
     split_columns,
     store_kept,
     store_rows,
@@ -46,10 +45,19 @@ ROWS = gl.constexpr(64)  # of a consumer
 
 
 @gluon.jit
+def load_parts(desc, row, head, full, tiles, number, PARTS: gl.constexpr):
+    """Start to copy the ``number``-th of tiles that are ``PARTS`` narrower ones each."""
+    for n in gl.static_range(PARTS):
+        load_tile(desc, [row, head, n * desc.block_type.shape[2]], full, tiles.index(number * PARTS + n))
+
+
+@gluon.jit
 def produce(q_desc, k_desc, v_desc, walk, turns, q_ring, k_ring, v_ring, GROUP: gl.constexpr, PACK: gl.constexpr):
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[0]
     Q_STAGES: gl.constexpr = q_ring.full.shape[0]
     STAGES: gl.constexpr = k_ring.full.shape[0]
+    K_PARTS: gl.constexpr = k_ring.tiles.shape[0] // STAGES
+    V_PARTS: gl.constexpr = v_ring.tiles.shape[0] // STAGES
     turn = 0
     tile = 0
     # Everything is read one step ahead, so that nothing waits for it.
@@ -67,12 +75,12 @@ def produce(q_desc, k_desc, v_desc, walk, turns, q_ring, k_ring, v_ring, GROUP: 
         stage = turn % Q_STAGES
         q_full = q_ring.full.index(stage)
         mbarrier.wait(q_ring.empty.index(stage), ((turn // Q_STAGES) & 1) ^ 1)
-        mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
+        mbarrier.expect(q_full, 2 * K_PARTS * q_desc.block_type.nbytes)
         for consumer in gl.static_range(2):
             if PACK == 2:
-                load_tile(q_desc, [row, head + consumer, 0], q_full, q_ring.tiles.index(stage * 2 + consumer))
+                load_parts(q_desc, row, head + consumer, q_full, q_ring.tiles, stage * 2 + consumer, K_PARTS)
             else:
-                load_tile(q_desc, [row + consumer * ROWS, head, 0], q_full, q_ring.tiles.index(stage * 2 + consumer))
+                load_parts(q_desc, row + consumer * ROWS, head, q_full, q_ring.tiles, stage * 2 + consumer, K_PARTS)
         while left > 0:
             left -= run
             entry += 1
@@ -81,11 +89,11 @@ def produce(q_desc, k_desc, v_desc, walk, turns, q_ring, k_ring, v_ring, GROUP: 
                 stage = tile % STAGES
                 free = ((tile // STAGES) & 1) ^ 1
                 mbarrier.wait(k_ring.empty.index(stage), free)
-                mbarrier.expect(k_ring.full.index(stage), k_desc.block_type.nbytes)
-                load_tile(k_desc, [col, head_kv, 0], k_ring.full.index(stage), k_ring.tiles.index(stage))
+                mbarrier.expect(k_ring.full.index(stage), K_PARTS * k_desc.block_type.nbytes)
+                load_parts(k_desc, col, head_kv, k_ring.full.index(stage), k_ring.tiles, stage, K_PARTS)
                 mbarrier.wait(v_ring.empty.index(stage), free)
-                mbarrier.expect(v_ring.full.index(stage), v_desc.block_type.nbytes)
-                load_tile(v_desc, [col, head_kv, 0], v_ring.full.index(stage), v_ring.tiles.index(stage))
+                mbarrier.expect(v_ring.full.index(stage), V_PARTS * v_desc.block_type.nbytes)
+                load_parts(v_desc, col, head_kv, v_ring.full.index(stage), v_ring.tiles, stage, V_PARTS)
                 col -= BLOCK_K
                 tile += 1
             col, run = next_col, next_run
@@ -126,36 +134,40 @@ def merged_lse(before, lse):
 @gluon.jit
 def store_columns(
     result, kept, begun, weight_before, out, out_desc, buffer, row, head, live, flags,
-    HEAD_DIM: gl.constexpr, COLUMN: gl.constexpr, PART: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr, COLUMN: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Store an item's columns from ``COLUMN`` on, of a later part together with what is there from those before."""
     rows: gl.constexpr = gl.SliceLayout(1, result.type.layout)
     kept = gl.convert_layout(kept, rows)
     if PART == LATER_PART:
-        before = load_kept(result, out.sums, row, head, gl.convert_layout(begun, rows), HEAD_DIM, COLUMN)
+        before = load_kept(result, out.sums, row, head, gl.convert_layout(begun, rows), HEAD_DIM_V, COLUMN)
         result += before * gl.convert_layout(weight_before, rows)[:, None]
     if PART == WHOLE:
-        store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM, COLUMN)
+        store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM_V, COLUMN)
     else:
         if (flags & GOES_ON) != 0:
-            store_kept(result, out.sums, row, head, kept, HEAD_DIM, COLUMN)
+            store_kept(result, out.sums, row, head, kept, HEAD_DIM_V, COLUMN)
         if (flags & ENDS) != 0:
             if PART == FIRST_PART:
-                store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM, COLUMN)
+                store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM_V, COLUMN)
             else:
-                store_kept(result.to(out_desc.dtype), out.rows, row, head, kept, HEAD_DIM, COLUMN)
+                store_kept(result.to(out_desc.dtype), out.rows, row, head, kept, HEAD_DIM_V, COLUMN)
 
 
 @gluon.jit
-def scaled(result, weights):
-    """Each row of a tile times its weight."""
-    return result * gl.convert_layout(weights, gl.SliceLayout(1, result.type.layout))[:, None]
+def scaled(acc, weights):
+    """Each row of some tiles times its weight."""
+    weights = gl.convert_layout(weights, gl.SliceLayout(1, acc[0].type.layout))[:, None]
+    result = ()
+    for n in gl.static_range(len(acc)):
+        result = result + (acc[n] * weights,)
+    return result
 
 
 @gluon.jit
 def finish(
     acc, top, total, out, out_desc, buffer, item, scale,
-    ROW_STEP: gl.constexpr, HEAD_STEP: gl.constexpr, PACK: gl.constexpr, HEAD_DIM: gl.constexpr, PART: gl.constexpr,
+    ROW_STEP: gl.constexpr, HEAD_STEP: gl.constexpr, PACK: gl.constexpr, HEAD_DIM_V: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Normalise the sums of an item and store them, as many columns at a time as ``buffer`` holds."""
     COLUMNS: gl.constexpr = out_desc.block_type.shape[2]
@@ -189,78 +201,56 @@ def finish(
         if PART == LATER_PART:
             highest = gl.maximum(highest, gl.load(max_ptr, mask=kept, other=float("-inf")))
         gl.store(max_ptr, highest, mask=kept)
+    results = scaled(acc, weight)
     for part in gl.static_range(len(acc)):
-        blocks = split_columns(scaled(acc[part], weight), COLUMNS)
+        blocks = split_columns(results[part], COLUMNS)
         for n in gl.static_range(len(blocks)):
             store_columns(
                 blocks[n], kept, begun, weight_before, out, out_desc, buffer, row, head, live, item.flags,
-                HEAD_DIM, part * acc[0].shape[1] + n * COLUMNS, PART,
+                HEAD_DIM_V, part * acc[0].shape[1] + n * COLUMNS, PART,
             )  # fmt: skip
 
 
 @gluon.jit
-def multiply_keys(q_tile, k_ring, tile, layout: gl.constexpr, DIM: gl.constexpr):
-    """Start q k^T of the ``tile``-th tile as soon as it is there, over the first ``DIM`` columns."""
-    BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
-    D: gl.constexpr = k_ring.tiles.shape[3]
-    STAGES: gl.constexpr = k_ring.full.shape[0]
-    mbarrier.wait(k_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
-    k_tile = k_ring.tiles.index(tile % STAGES).reshape([BLOCK_K, D])
-    s = gl.zeros([ROWS, BLOCK_K], gl.float32, layout)
-    if DIM == D:
-        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
-    else:
-        q_part, k_part = q_tile.slice(0, D // 2, dim=1), k_tile.slice(0, D // 2, dim=1)
-        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, use_acc=False, is_async=True)
-        q_part, k_part = q_tile.slice(D // 2, DIM - D // 2, dim=1), k_tile.slice(D // 2, DIM - D // 2, dim=1)
-        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.constexpr_function
-def acc_layout(columns):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+def parts_of(tiles, number, PARTS: gl.constexpr):
+    """The ``number``-th of tiles that are ``PARTS`` narrower ones each, as a tuple of those."""
+    SHAPE: gl.constexpr = [tiles.shape[1], tiles.shape[3]]
+    parts = ()
+    for n in gl.static_range(PARTS):
+        parts = parts + (tiles.index(number * PARTS + n).reshape(SHAPE),)
+    return parts
 
 
 @gluon.jit
-def no_output(D: gl.constexpr, DIM: gl.constexpr):
-    """Sums over keys that are still 0: a tuple of one tile, or, where ``DIM`` is no power of two, of two."""
-    FIRST: gl.constexpr = D if DIM == D else D // 2
-    acc = (gl.zeros([ROWS, FIRST], gl.float32, acc_layout(FIRST)),)
-    if DIM > FIRST:
-        acc = (acc[0], gl.zeros([ROWS, DIM - FIRST], gl.float32, acc_layout(DIM - FIRST)))
-    return acc
+def multiply_keys(q_parts, k_ring, tile, layout: gl.constexpr):
+    """Start q k^T of the ``tile``-th tile as soon as it is there."""
+    BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
+    STAGES: gl.constexpr = k_ring.full.shape[0]
+    mbarrier.wait(k_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
+    k_parts = parts_of(k_ring.tiles, tile % STAGES, len(q_parts))
+    s = gl.zeros([ROWS, BLOCK_K], gl.float32, layout)
+    for n in gl.static_range(len(q_parts)):
+        s = warpgroup_mma(q_parts[n], k_parts[n].permute((1, 0)), s, use_acc=n > 0, is_async=True)
+    return s
 
 
 @gluon.jit
 def multiply_values(p, v_ring, tile, acc):
     """Start p v of the ``tile``-th tile as soon as it is there."""
-    BLOCK_K: gl.constexpr = v_ring.tiles.shape[1]
-    D: gl.constexpr = v_ring.tiles.shape[3]
     STAGES: gl.constexpr = v_ring.full.shape[0]
     mbarrier.wait(v_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
-    v_tile = v_ring.tiles.index(tile % STAGES).reshape([BLOCK_K, D])
-    if len(acc) == 1:
-        result = (warpgroup_mma(p, v_tile, acc[0], is_async=True),)
-    else:
-        FIRST: gl.constexpr = acc[0].shape[1]
-        SECOND: gl.constexpr = acc[1].shape[1]
-        same_p = gl.convert_layout(p, gl.DotOperandLayout(0, acc_layout(SECOND), 2), assert_trivial=True)
-        first = warpgroup_mma(p, v_tile.slice(0, FIRST, dim=1), acc[0], is_async=True)
-        result = (first, warpgroup_mma(same_p, v_tile.slice(FIRST, SECOND, dim=1), acc[1], is_async=True))
+    v_parts = parts_of(v_ring.tiles, tile % STAGES, len(acc))
+    result = ()
+    for n in gl.static_range(len(acc)):
+        result = result + (warpgroup_mma(p, v_parts[n], acc[n], is_async=True),)
     return result
 
 
 @gluon.jit
 def wait_for_values(acc, p):
     """Wait for all products, of which these are the last, and give up ``p``, too."""
-    if len(acc) == 1:
-        first, p = warpgroup_mma_wait(0, deps=[acc[0], p])
-        result = (first,)
-    else:
-        first, second, p = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p])
-        result = (first, second)
-    return result, p
+    done = warpgroup_mma_wait(0, deps=acc + (p,))
+    return done[: len(acc)], done[len(acc)]
 
 
 @gluon.jit
@@ -280,14 +270,14 @@ def masked(s, starts, ends, flags):
 
 @gluon.jit
 def next_tile(
-    acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
-    DIM: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    acc, p, top, total, q_parts, k_ring, v_ring, tile, scales, starts, ends, code, col,
+    MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """The scores of the tile behind the ``tile``-th, and the ``tile``-th one's part of the output."""
     STAGES: gl.constexpr = k_ring.full.shape[0]
     s_layout: gl.constexpr = top.type.layout.parent
     scale = scales.score
-    s_next = multiply_keys(q_tile, k_ring, tile + 1, s_layout, DIM)
+    s_next = multiply_keys(q_parts, k_ring, tile + 1, s_layout)
     acc_next = multiply_values(p, v_ring, tile, acc)
     s = warpgroup_mma_wait(len(acc), deps=[s_next])
     mbarrier.arrive(k_ring.empty.index((tile + 1) % STAGES), count=1)
@@ -304,10 +294,7 @@ def next_tile(
     total = total * gl.convert_layout(decay, gl.SliceLayout(1, part.type.layout))[:, None] + part
     acc, p = wait_for_values(acc_next, p)
     mbarrier.arrive(v_ring.empty.index(tile % STAGES), count=1)
-    if len(acc) == 1:
-        acc = (scaled(acc[0], decay),)
-    else:
-        acc = (scaled(acc[0], decay), scaled(acc[1], decay))
+    acc = scaled(acc, decay)
     p = gl.convert_layout(probs.to(p.dtype), p.type.layout)
     return acc, p, new_top, total
 
@@ -325,21 +312,26 @@ def consume(
     out_buffers,
     CONSUMER: gl.constexpr,
     PACK: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
     PART: gl.constexpr,
 ):
     BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
-    D: gl.constexpr = k_ring.tiles.shape[3]
+    V_COLUMNS: gl.constexpr = v_ring.tiles.shape[3]
     STAGES: gl.constexpr = k_ring.full.shape[0]
     Q_STAGES: gl.constexpr = q_ring.full.shape[0]
+    K_PARTS: gl.constexpr = k_ring.tiles.shape[0] // STAGES
+    V_PARTS: gl.constexpr = v_ring.tiles.shape[0] // STAGES
     ROW_STEP: gl.constexpr = 0 if PACK == 2 else CONSUMER * ROWS
     HEAD_STEP: gl.constexpr = CONSUMER if PACK == 2 else 0
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
     )
-    DIM: gl.constexpr = multiplied(D, HEAD_DIM)
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, V_COLUMNS, 16]
+    )
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = q_ring.tiles.dtype
     scale = scales.score
@@ -356,9 +348,9 @@ def consume(
         item = load_item(walk, turns, turn + 1, True)
         q_stage = turn % Q_STAGES
         mbarrier.wait(q_ring.full.index(q_stage), (turn // Q_STAGES) & 1)
-        q_tile = q_ring.tiles.index(q_stage * 2 + CONSUMER).reshape([ROWS, D])
+        q_parts = parts_of(q_ring.tiles, q_stage * 2 + CONSUMER, K_PARTS)
 
-        s = multiply_keys(q_tile, k_ring, tile, s_layout, DIM)
+        s = multiply_keys(q_parts, k_ring, tile, s_layout)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_ring.empty.index(tile % STAGES), count=1)
         s = masked(bounded(s, scales, SOFTCAP), starts - col, ends - col, code & FLAG_MASK)
@@ -366,8 +358,8 @@ def consume(
         safe_top = gl.where(top == float("-inf"), 0.0, top)
         probs = exp2(s * scale - (safe_top * scale)[:, None])
         total = row_sums(probs)
-        acc = no_output(D, DIM)
-        p = gl.convert_layout(probs.to(dtype), gl.DotOperandLayout(0, acc[0].type.layout, 2))
+        p = gl.convert_layout(probs.to(dtype), p_layout)
+        acc = (gl.zeros([ROWS, V_COLUMNS], gl.float32, acc_layout),) * V_PARTS
         col -= BLOCK_K
         run -= 1
         while left > 0:
@@ -378,15 +370,15 @@ def consume(
             if (code & FLAG_MASK) == 0:
                 for _ in range(run):
                     acc, p, top, total = next_tile(
-                        acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
-                        DIM, False, SOFTCAP,
+                        acc, p, top, total, q_parts, k_ring, v_ring, tile, scales, starts, ends, code, col,
+                        False, SOFTCAP,
                     )  # fmt: skip
                     tile += 1
             else:
                 for _ in range(run):
                     acc, p, top, total = next_tile(
-                        acc, p, top, total, q_tile, k_ring, v_ring, tile, scales, starts, ends, code, col,
-                        DIM, True, SOFTCAP,
+                        acc, p, top, total, q_parts, k_ring, v_ring, tile, scales, starts, ends, code, col,
+                        True, SOFTCAP,
                     )  # fmt: skip
                     col -= BLOCK_K
                     tile += 1
@@ -402,7 +394,7 @@ def consume(
         if live > 0:
             finish(
                 acc, top, total, out, out_desc, out_buffers.index(CONSUMER), done, scale,
-                ROW_STEP, HEAD_STEP, PACK, HEAD_DIM, PART,
+                ROW_STEP, HEAD_STEP, PACK, HEAD_DIM_V, PART,
             )  # fmt: skip
         turn += 1
     tma.store_wait(0)
@@ -419,20 +411,23 @@ def forward_kernel(
     scales,
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    K_PARTS: gl.constexpr,
+    V_PARTS: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
     PART: gl.constexpr,
 ):
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[0]
-    D: gl.constexpr = k_desc.block_type.shape[2]
+    K_COLUMNS: gl.constexpr = k_desc.block_type.shape[2]
+    V_COLUMNS: gl.constexpr = v_desc.block_type.shape[2]
     dtype: gl.constexpr = q_desc.dtype
     turns = find_turns(walk)
-    q_tiles = gl.allocate_shared_memory(dtype, [2 * Q_STAGES, ROWS, 1, D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, D], v_desc.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [2 * Q_STAGES * K_PARTS, ROWS, 1, K_COLUMNS], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES * K_PARTS, BLOCK_K, 1, K_COLUMNS], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES * V_PARTS, BLOCK_K, 1, V_COLUMNS], v_desc.layout)
     out_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, 1, out_desc.block_type.shape[2]], out_desc.layout)
     q_ring = make_ring(q_tiles, Q_STAGES, 2)
     k_ring = make_ring(k_tiles, STAGES, 2)
@@ -444,14 +439,14 @@ def forward_kernel(
                 consume,
                 (
                     out, out_desc, walk, turns, scales, q_ring, k_ring, v_ring, out_buffers,
-                    0, PACK, HEAD_DIM, SOFTCAP, LAYERED, PART,
+                    0, PACK, HEAD_DIM_V, SOFTCAP, LAYERED, PART,
                 ),
             ),
             (
                 consume,
                 (
                     out, out_desc, walk, turns, scales, q_ring, k_ring, v_ring, out_buffers,
-                    1, PACK, HEAD_DIM, SOFTCAP, LAYERED, PART,
+                    1, PACK, HEAD_DIM_V, SOFTCAP, LAYERED, PART,
                 ),
             ),
             (produce, (q_desc, k_desc, v_desc, walk, turns, q_ring, k_ring, v_ring, GROUP, PACK)),

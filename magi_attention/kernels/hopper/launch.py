@@ -12,7 +12,7 @@ from magi_attention.kernels.hopper.device_walk import make_key_walk, make_query_
 from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
 from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
 from magi_attention.kernels.hopper.pipeline import WalkArgs
-from magi_attention.kernels.hopper.row_kernels import launch_finish
+from magi_attention.kernels.hopper.row_kernels import all_dims, launch_finish
 from magi_attention.kernels.hopper.wide_backward_kernel import wide_backward_kernel
 from magi_attention.kernels.hopper.work import backward_work, batch_args, heads_at_a_time, turn_args
 from magi_attention.kernels.lazy_schedule import LazySchedule
@@ -33,28 +33,28 @@ class ForwardShape(NamedTuple):
     """How the forward kernel divides its work and the 227 KiB of shared memory.
 
     Attributes:
-        columns: Dimensions of a tile in shared memory, a power of two; copies fill those behind a head's with zeros.
         block_k: Keys of a tile.
         stages: How many tiles of k, and of v, there is room for.
         q_stages: The same of queries of an item.
-        out_columns: Columns of results that are stored at a time.
+        out_columns: Columns of results that are stored at a time, at most.
     """
 
-    columns: int
     block_k: int
     stages: int
     q_stages: int
     out_columns: int
 
 
-# By the dimensions that are multiplied. Of 256, a consumer's sums take 128 registers a thread: of scores 64 x 64 fit
-# beside them.
+# By the dimensions of keys or values that are multiplied, whichever are more. Of 256, a consumer's sums take 128
+# registers a thread: of scores 64 x 64 fit beside them.
 FORWARD_SHAPES = {
-    64: ForwardShape(columns=64, block_k=128, stages=4, q_stages=2, out_columns=64),
-    128: ForwardShape(columns=128, block_k=128, stages=2, q_stages=2, out_columns=128),
-    192: ForwardShape(columns=256, block_k=64, stages=2, q_stages=1, out_columns=128),
-    256: ForwardShape(columns=256, block_k=64, stages=2, q_stages=1, out_columns=128),
+    64: ForwardShape(block_k=128, stages=4, q_stages=2, out_columns=64),
+    128: ForwardShape(block_k=128, stages=2, q_stages=2, out_columns=128),
+    192: ForwardShape(block_k=64, stages=2, q_stages=2, out_columns=64),
+    256: ForwardShape(block_k=64, stages=2, q_stages=1, out_columns=128),
 }
+LARGE_KEYS = ForwardShape(block_k=128, stages=2, q_stages=1, out_columns=64)
+"""For keys of 192 dimensions with values of up to 128, as latent attention has them."""
 
 
 class BackwardShape(NamedTuple):
@@ -63,47 +63,52 @@ class BackwardShape(NamedTuple):
     Attributes:
         block_k: Keys of an item.
         block_q: Queries of a tile.
-        columns: Dimensions of a tile in shared memory; there are two side by side for more than 128.
     """
 
     block_k: int
     block_q: int
-    columns: int
 
 
-# By the dimensions that are multiplied. Of 256, sums of 64 keys, dk and dv, fill the registers of two consumers.
+# By the dimensions of keys that are multiplied. Of 256, sums of 64 keys, dk and dv, fill the registers of two consumers.
 BACKWARD_SHAPES = {
-    64: BackwardShape(block_k=128, block_q=128, columns=64),
-    128: BackwardShape(block_k=128, block_q=64, columns=128),
-    192: BackwardShape(block_k=64, block_q=64, columns=128),
-    256: BackwardShape(block_k=64, block_q=64, columns=128),
+    64: BackwardShape(block_k=128, block_q=128),
+    128: BackwardShape(block_k=128, block_q=64),
+    192: BackwardShape(block_k=64, block_q=64),
+    256: BackwardShape(block_k=64, block_q=64),
 }
 
 
-class Sizes(NamedTuple):
-    """The sizes of a problem.
+class Dims(NamedTuple):
+    """Dimensions that are multiplied; those that a head does not have are zeros.
 
     Attributes:
-        heads_kv: Heads of the keys.
-        group: Heads of the queries that share one.
-        head_dim: Dimensions of a head.
-        dim: Dimensions that are multiplied; those that a head does not have are zeros.
+        k: Of queries and keys.
+        v: Of values and the output.
     """
 
-    heads_kv: int
-    group: int
-    head_dim: int
-    dim: int
-
-    @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor) -> "Sizes":
-        """The sizes of ``q`` ``(num_rows, heads_q, head_dim)`` and ``k`` ``(num_keys, heads_kv, head_dim)``."""
-        return cls(k.shape[1], q.shape[1] // k.shape[1], q.shape[2], tile_dim(q.shape[2]))
+    k: int
+    v: int
 
 
-def tile_dim(head_dim: int) -> int:
-    """Dimensions that are multiplied."""
+def forward_dims(head_dim: int, head_dim_v: int) -> Dims:
+    """Those of the forward kernel."""
+    return Dims(rounded(head_dim), rounded(head_dim_v))
+
+
+def backward_dims(head_dim: int, head_dim_v: int) -> Dims:
+    """Those of the backward kernels: values have no more of them than keys, and the same up to 128."""
+    dim = rounded(max(head_dim, head_dim_v))
+    return Dims(dim, max(rounded(head_dim_v), min(dim, 128)))
+
+
+def rounded(head_dim: int) -> int:
+    """The next number of dimensions that kernels know."""
     return next(dim for dim in FORWARD_SHAPES if head_dim <= dim)
+
+
+def tile_columns(dim: int) -> int:
+    """How wide tiles are in the forward kernel's shared memory: sizes are powers of two, so of 192 there are three."""
+    return dim & -dim
 
 
 def launch_forward(
@@ -123,11 +128,13 @@ def launch_forward(
         if not is_later:
             fill_without_keys(state, sink)
         return
-    sizes = Sizes.of(q, k)
-    shape = FORWARD_SHAPES[sizes.dim]
-    pack = 2 if sizes.group % 2 == 0 else 1
+    heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
+    dims = forward_dims(q.shape[2], v.shape[2])
+    shape = LARGE_KEYS if dims.k == 192 and dims.v <= 128 else FORWARD_SHAPES[max(dims)]
+    columns = Dims(*map(tile_columns, dims))
+    pack = 2 if group % 2 == 0 else 1
     walk = schedule.by_queries(make_query_walk, 2 * CONSUMER_ROWS // pack, shape.block_k, q.device)
-    heads = heads_at_a_time(sizes.heads_kv, 4 * num_keys * sizes.dim) * (sizes.group // pack)
+    heads = heads_at_a_time(heads_kv, 2 * num_keys * sum(dims)) * (group // pack)
     num_windows = walk.num_busy if is_later else len(walk.windows)
     if num_windows == 0:
         return
@@ -137,13 +144,12 @@ def launch_forward(
         args = batch_args(walk, num_windows, (heads,) * (all_heads // heads), FORWARD_BATCH, programs)
     else:
         args = turn_args(walk, num_windows, heads, all_heads)
-    k_tile = shape.block_k, 1, shape.columns
     _forward(
         grid(args, programs),
-        tiles(copyable(q), (CONSUMER_ROWS, 1, shape.columns)),
-        tiles(copyable(k), k_tile),
-        tiles(copyable(v), k_tile),
-        tiles(out, (CONSUMER_ROWS, 1, shape.out_columns)),
+        tiles(copyable(q), (CONSUMER_ROWS, 1, columns.k)),
+        tiles(copyable(k), (shape.block_k, 1, columns.k)),
+        tiles(copyable(v), (shape.block_k, 1, columns.v)),
+        tiles(out, (CONSUMER_ROWS, 1, min(columns.v, shape.out_columns))),
         Out(
             rows(out),
             rows(out if sums is None else sums),
@@ -154,11 +160,13 @@ def launch_forward(
         ),
         args,
         Scales.of(params),
-        GROUP=sizes.group,
+        GROUP=group,
         PACK=pack,
-        HEAD_DIM=sizes.head_dim,
+        HEAD_DIM_V=v.shape[2],
         STAGES=shape.stages,
         Q_STAGES=shape.q_stages,
+        K_PARTS=dims.k // columns.k,
+        V_PARTS=dims.v // columns.v,
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
         PART=(LATER_PART if is_later else WHOLE if sums is None else FIRST_PART).value,
@@ -195,47 +203,56 @@ def launch_backward(
         dk.zero_()
         dv.zero_()
         return
-    sizes = Sizes.of(q, k)
-    shape = BACKWARD_SHAPES[sizes.dim]
+    heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
+    dims = backward_dims(q.shape[2], v.shape[2])
+    shape, is_wide = BACKWARD_SHAPES[dims.k], dims.k > 128
+    # Of a wide one, the kernel has two tiles side by side.
+    columns = Dims(*(128 if dim > 128 else 64 for dim in dims)) if is_wide else dims
     walk = schedule.by_keys(make_key_walk, shape.block_k, shape.block_q, q.device)
     programs = num_programs(q.device, params)
-    work = backward_work(walk, sizes.heads_kv, sizes.group, sizes.dim, programs, takes_turns=params.sm_margin > 0)
-    q_tile, k_tile = (shape.block_q, 1, shape.columns), (CONSUMER_ROWS, 1, shape.columns)
-    sums: Sequence[torch.Tensor] | None = None
+    work = backward_work(walk, heads_kv, group, sum(dims) // 2, programs, takes_turns=params.sm_margin > 0)
+    sums: list[torch.Tensor] = []
     if work.adds_up:
-        if dk.dtype == torch.float32 and sizes.head_dim == sizes.dim:
-            sums = dk.zero_(), dv.zero_()
-        else:
-            sums = torch.zeros(2, *dk.shape[:2], sizes.dim, dtype=torch.float32, device=k.device).unbind()
+        sums = [sums_of(x, dim) for x, dim in zip(results, dims, strict=True)]
         k_descs: list[Tiles | None] = [tiles(x.view(num_keys, -1), (64, 64)) for x in sums]
     else:
-        k_descs = [tiles(x, k_tile) if x.dtype == k.dtype else None for x in results]
-    launcher = _wide_backward if sizes.dim > 128 else _backward
-    launcher(
+        stored = CONSUMER_ROWS, 1, columns.v  # which a tile of v has room for when it has been read
+        k_descs = [tiles(x, stored) if x.dtype == k.dtype else None for x in results]
+    (_wide_backward if is_wide else _backward)(
         grid(work.args, programs),
-        tiles(copyable(q), q_tile),
-        tiles(copyable(k), k_tile),
-        tiles(copyable(v), k_tile),
-        tiles(copyable(grads.dout), q_tile),
+        tiles(copyable(q), (shape.block_q, 1, columns.k)),
+        tiles(copyable(k), (CONSUMER_ROWS, 1, columns.k)),
+        tiles(copyable(v), (CONSUMER_ROWS, 1, columns.v)),
+        tiles(copyable(grads.dout), (shape.block_q, 1, columns.v)),
         tiles(grads.lse.view(-1), (shape.block_q,)),
         tiles(grads.delta.view(-1), (shape.block_q,)),
-        tiles(grads.dq.view(num_rows, -1), (64, 64)),
+        tiles(all_dims(grads.dq).view(num_rows, -1), (64, 64)),
         *k_descs,
         grads.lse.shape[1],
         rows(dk),
         rows(dv),
         work.args,
         Scales.of(params),
-        GROUP=sizes.group,
+        GROUP=group,
         MEMBERS=work.members,
         ADDS_UP=work.adds_up,
-        HEAD_DIM=sizes.head_dim,
+        HEAD_DIM=k.shape[2],
+        HEAD_DIM_V=v.shape[2],
+        DIM=dims.k,
+        DIM_V=dims.v,
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
     )
-    if sums is not None and sums[0] is not dk:
-        launch_finish(sums[0], dk, 1.0, shuffled=False)
-        launch_finish(sums[1], dv, 1.0, shuffled=False)
+    for total, result in zip(sums, results, strict=False):
+        if total is not result:
+            launch_finish(total, result, 1.0, shuffled=False)
+
+
+def sums_of(result: torch.Tensor, dim: int) -> torch.Tensor:
+    """Zeros to add a result up in, with ``dim`` dimensions: itself if it is as they are."""
+    if result.dtype == torch.float32 and result.shape[2] == dim:
+        return result.zero_()
+    return torch.zeros(*result.shape[:2], dim, dtype=torch.float32, device=result.device)
 
 
 def copyable(x: torch.Tensor) -> torch.Tensor:

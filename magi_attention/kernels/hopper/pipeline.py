@@ -72,12 +72,6 @@ class Rows(NamedTuple):
     head_stride: int
 
 
-@gluon.constexpr_function
-def multiplied(columns, head_dim):
-    """How many of a tile's columns products take: all, or three quarters of 256, if that is enough for a head."""
-    return 192 if columns == 256 and head_dim <= 192 else columns
-
-
 @gluon.jit
 def make_ring(tiles, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     layout: gl.constexpr = mbarrier.MBarrierLayout()

@@ -23,21 +23,20 @@ def start_kernel(
     dq,
     num_tokens,
     stride,
-    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    COLUMNS_V: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    dim = tl.arange(0, COLUMNS)
+    dim_v = tl.arange(0, COLUMNS_V)[None, :]
     exists = token < num_tokens
-    inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
+    inside = exists[:, None] & (dim_v < HEAD_DIM_V)
     far = token.to(tl.int64)[:, None]
-    out_tile = tl.load(out.ptr + far * out.token_stride + head * out.head_stride + dim[None, :], mask=inside, other=0.0)
-    dout_tile = tl.load(
-        dout.ptr + far * dout.token_stride + head * dout.head_stride + dim[None, :], mask=inside, other=0.0
-    )
+    out_tile = tl.load(out.ptr + far * out.token_stride + head * out.head_stride + dim_v, mask=inside, other=0.0)
+    dout_tile = tl.load(dout.ptr + far * dout.token_stride + head * dout.head_stride + dim_v, mask=inside, other=0.0)
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
         delta -= tl.load(dlse + head * num_tokens + token, mask=exists, other=0.0)
@@ -46,9 +45,9 @@ def start_kernel(
     stored = token < stride
     tl.store(neg_lse + head * stride + token, tl.where(attends, row_lse * -LOG2_E, float("-inf")), mask=stored)
     tl.store(neg_delta + head * stride + token, tl.where(attends, -delta, 0.0), mask=stored)
+    dim = tl.arange(0, COLUMNS)[None, :]
     zeros = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    inside = exists[:, None] & (dim < DIM)[None, :]
-    tl.store(dq + (far * tl.num_programs(0) + head) * DIM + dim[None, :], zeros, mask=inside)
+    tl.store(dq + (far * tl.num_programs(0) + head) * DIM + dim, zeros, mask=exists[:, None] & (dim < DIM))
 
 
 @triton.jit
@@ -77,7 +76,12 @@ _start, _finish = Launcher(start_kernel), Launcher(finish_kernel)
 
 
 def launch_start(
-    out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, dim: int
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    head_dim: int,
+    dim: int,
 ) -> QueryGrads:
     """What the backward kernel needs of each query.
 
@@ -86,15 +90,23 @@ def launch_start(
     the tokens up to a multiple of ``ALIGN`` as if there were more that attend nothing. ``dq`` is filled with zeros; it
     has the ``dim`` dimensions that are multiplied, and gets them in an order of the backward kernel's own.
     """
-    num_tokens, num_heads, head_dim = out.shape
+    num_tokens, num_heads, head_dim_v = out.shape
     stride = -(-num_tokens // ALIGN) * ALIGN
     neg_lse, neg_delta = torch.empty(2, num_heads, stride, dtype=torch.float32, device=out.device).unbind()
     dq = torch.empty(num_tokens, num_heads, dim, dtype=torch.float32, device=out.device)
     if num_tokens:
         grid = num_heads, -(-num_tokens // TOKENS), 1
         args = rows(out), rows(dout), lse, dlse, neg_lse, neg_delta, dq, num_tokens, stride
-        _start(grid, *args, **columns(head_dim, dim), TOKENS=TOKENS)
-    return QueryGrads(dout, neg_lse, neg_delta, dq)
+        sizes = {"HEAD_DIM_V": head_dim_v, "COLUMNS_V": triton.next_power_of_2(head_dim_v)}
+        _start(grid, *args, **sizes, DIM=dim, COLUMNS=triton.next_power_of_2(dim), TOKENS=TOKENS)
+    return QueryGrads(dout, neg_lse, neg_delta, dq[:, :, :head_dim])
+
+
+def all_dims(dq: torch.Tensor) -> torch.Tensor:
+    """``dq`` of :func:`launch_start` with the dimensions that a head does not have, too."""
+    num_tokens, num_heads, _ = dq.shape
+    dim = dq.stride(1)
+    return dq.as_strided((num_tokens, num_heads, dim), (num_heads * dim, dim, 1))
 
 
 def launch_finish(sums: torch.Tensor, result: torch.Tensor, scale: float, shuffled: bool) -> None:
@@ -105,10 +117,6 @@ def launch_finish(sums: torch.Tensor, result: torch.Tensor, scale: float, shuffl
     num_tokens, num_heads, head_dim = result.shape
     if num_tokens:
         grid = num_heads, -(-num_tokens // TOKENS), 1
-        sizes = columns(head_dim, sums.shape[2])
+        dim = sums.shape[2]
+        sizes = {"HEAD_DIM": head_dim, "DIM": dim, "COLUMNS": triton.next_power_of_2(dim)}
         _finish(grid, sums, result, scale, num_tokens, **sizes, SHUFFLED=shuffled, TOKENS=TOKENS)
-
-
-def columns(head_dim: int, dim: int) -> dict[str, int]:
-    """Dimensions of a head, of its sums, and of a tile in a kernel, a power of two."""
-    return {"HEAD_DIM": head_dim, "DIM": dim, "COLUMNS": triton.next_power_of_2(dim)}

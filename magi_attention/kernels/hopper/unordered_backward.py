@@ -24,14 +24,15 @@ def start_backward(
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     params: AttnParams,
+    head_dim: int,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.backward_pass.BackwardPass.start_backward`."""
-    from magi_attention.kernels.hopper.launch import tile_dim
+    from magi_attention.kernels.hopper.launch import backward_dims
     from magi_attention.kernels.hopper.row_kernels import launch_start
 
     dout = torch.zeros_like(out) if dout is None else dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    return launch_start(out, dout, lse, dlse, tile_dim(out.shape[2]))
+    return launch_start(out, dout, lse, dlse, head_dim, backward_dims(head_dim, out.shape[2]).k)
 
 
 def backward(
@@ -59,8 +60,8 @@ def sink_grad(grads: QueryGrads, sink: torch.Tensor, params: AttnParams) -> torc
 
 def finish_backward(grads: QueryGrads, params: AttnParams, dtype: torch.dtype) -> torch.Tensor:
     """See :meth:`magi_attention.kernels.backward_pass.BackwardPass.finish_backward`."""
-    from magi_attention.kernels.hopper.row_kernels import launch_finish
+    from magi_attention.kernels.hopper.row_kernels import all_dims, launch_finish
 
-    dq = torch.empty(grads.dout.shape, dtype=dtype, device=grads.dq.device)
-    launch_finish(grads.dq, dq, params.softmax_scale, shuffled=True)
+    dq = torch.empty(grads.dq.shape, dtype=dtype, device=grads.dq.device)
+    launch_finish(all_dims(grads.dq), dq, params.softmax_scale, shuffled=True)
     return dq

@@ -2,7 +2,8 @@
 
 Sums of 64 keys and 256 dimensions fill the registers of two consumers. Each owns 128 of the dimensions, of dk and dv as
 of dq, but makes the scores of all dimensions for 32 of the 64 queries. So they exchange P and dS through shared memory.
-Where a head has no more than 192 dimensions, the second consumer owns 64, and nothing is multiplied behind them.
+Where a head has no more than 192 dimensions, the second consumer owns 64, and nothing is multiplied behind them. Of
+values with no more than 128, both own 64.
 All else is as in :mod:`magi_attention.kernels.hopper.backward_kernel`.
 """
 
@@ -31,7 +32,7 @@ from magi_attention.kernels.hopper.pipeline import (
 
 QUERIES = gl.constexpr(64)
 SCORED = gl.constexpr(32)  # queries whose scores a consumer makes
-HALF = gl.constexpr(128)  # of the dimensions
+HALF = gl.constexpr(128)  # of the dimensions of keys
 STAGES = gl.constexpr(2)  # of q; of dout there is room for one
 
 
@@ -66,7 +67,8 @@ def multiply_keys(key_tiles, query_tiles, zero, stage, CONSUMER: gl.constexpr, D
 @gluon.jit
 def first_columns(tile, ROWS: gl.constexpr, PART: gl.constexpr, DIM: gl.constexpr):
     """What is multiplied of the ``PART``-th part of the dimensions."""
-    return tile.reshape([ROWS, HALF]).slice(0, min(HALF, DIM - PART * HALF), dim=1)
+    COLUMNS: gl.constexpr = tile.shape[2]
+    return tile.reshape([ROWS, COLUMNS]).slice(0, min(COLUMNS, DIM - PART * COLUMNS), dim=1)
 
 
 @gluon.jit
@@ -88,7 +90,7 @@ def multiply_ds(ds_tile, key_tiles, CONSUMER: gl.constexpr, COLUMN: gl.constexpr
 @gluon.jit
 def next_tile(
     dk, dv, rings, shared, tile, query, head, starts, ends, flags, scales,
-    CONSUMER: gl.constexpr, DIM: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    CONSUMER: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: their part of this consumer's columns of ``dk`` and ``dv``, and its columns of ``dq``."""
     dtype: gl.constexpr = rings.q.tiles.dtype
@@ -99,7 +101,7 @@ def next_tile(
     mbarrier.wait(rings.q.full.index(stage), (tile // STAGES) & 1)
     s = multiply_keys(rings.k.tiles, rings.q.tiles, zero, stage, CONSUMER, DIM, s_layout)
     mbarrier.wait(rings.dout.full.index(zero), tile & 1)
-    dp = multiply_keys(rings.v.tiles, rings.dout.tiles, zero, zero, CONSUMER, DIM, s_layout)
+    dp = multiply_keys(rings.v.tiles, rings.dout.tiles, zero, zero, CONSUMER, DIM_V, s_layout)
     lse = rings.lse.index(stage).slice(CONSUMER * SCORED, SCORED).load(columns)
     s = warpgroup_mma_wait(2, deps=[s])
     if SOFTCAP:
@@ -117,7 +119,7 @@ def next_tile(
     dp = warpgroup_mma_wait(0, deps=[dp])
     delta = rings.delta.index(zero).slice(CONSUMER * SCORED, SCORED).load(columns)
     mbarrier.wait(shared.p_full.index(0), tile & 1)
-    dout_part = first_columns(rings.dout.tiles.index(zero * 2 + CONSUMER), QUERIES, CONSUMER, DIM)
+    dout_part = first_columns(rings.dout.tiles.index(zero * 2 + CONSUMER), QUERIES, CONSUMER, DIM_V)
     dv = warpgroup_mma(p_tile, dout_part, dv, is_async=True)
     ds = p * (dp + delta[None, :])
     if SOFTCAP:
@@ -164,13 +166,16 @@ def consume(
     MEMBERS: gl.constexpr,
     ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    DIM: gl.constexpr,
+    DIM_V: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
     shared = SharedScores(p_tiles, p_full, ds_tiles, ds_full, dq_tiles, dq_desc)
     consume_items(
         next_tile, shared, dk_desc, dv_desc, dk_rows, dv_rows, walk, scales, rings,
-        CONSUMER, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED, True,
+        CONSUMER, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, HEAD_DIM_V, DIM, DIM_V, SOFTCAP, LAYERED, True,
     )  # fmt: skip
 
 
@@ -194,15 +199,18 @@ def wide_backward_kernel(
     MEMBERS: gl.constexpr,
     ADDS_UP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    DIM: gl.constexpr,
+    DIM_V: gl.constexpr,
     SOFTCAP: gl.constexpr,
     LAYERED: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
-    layout: gl.constexpr = q_desc.layout
-    k_ring = make_ring(gl.allocate_shared_memory(dtype, [2, KEYS, 1, HALF], layout), 1, 2)
-    v_ring = make_ring(gl.allocate_shared_memory(dtype, [2, KEYS, 1, HALF], layout), 1, 2)
-    q_ring = make_ring(gl.allocate_shared_memory(dtype, [2 * STAGES, QUERIES, 1, HALF], layout), STAGES, 2)
-    dout_ring = make_ring(gl.allocate_shared_memory(dtype, [2, QUERIES, 1, HALF], layout), 1, 2)
+    V_COLUMNS: gl.constexpr = v_desc.block_type.shape[2]
+    k_ring = make_ring(gl.allocate_shared_memory(dtype, [2, KEYS, 1, HALF], k_desc.layout), 1, 2)
+    v_ring = make_ring(gl.allocate_shared_memory(dtype, [2, KEYS, 1, V_COLUMNS], v_desc.layout), 1, 2)
+    q_ring = make_ring(gl.allocate_shared_memory(dtype, [2 * STAGES, QUERIES, 1, HALF], q_desc.layout), STAGES, 2)
+    dout_ring = make_ring(gl.allocate_shared_memory(dtype, [2, QUERIES, 1, V_COLUMNS], dout_desc.layout), 1, 2)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, QUERIES], lse_desc.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [1, QUERIES], lse_desc.layout)
     # As wide as the part of a consumer, which may not begin inside of what is swizzled together.
@@ -222,14 +230,14 @@ def wide_backward_kernel(
                 consume,
                 (
                     p_tiles, p_full, ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk,
-                    scales, rings, 0, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED,
+                    scales, rings, 0, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, HEAD_DIM_V, DIM, DIM_V, SOFTCAP, LAYERED,
                 ),
             ),
             (
                 consume,
                 (
                     p_tiles, p_full, ds_tiles, ds_full, dq_tiles, dq_desc, dk_desc, dv_desc, dk_rows, dv_rows, walk,
-                    scales, rings, 1, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, SOFTCAP, LAYERED,
+                    scales, rings, 1, GROUP, MEMBERS, ADDS_UP, HEAD_DIM, HEAD_DIM_V, DIM, DIM_V, SOFTCAP, LAYERED,
                 ),
             ),
             (
