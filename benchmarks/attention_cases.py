@@ -65,9 +65,9 @@ class Case:
     def is_full(self) -> bool:
         return self.mask.area == self.mask.total_seqlen_q * self.mask.total_seqlen_k
 
-    def forward_flops(self, heads: int, head_dim: int) -> int:
+    def forward_flops(self, heads: int, head_dim: int, head_dim_v: int | None = None) -> int:
         """Useful work: two products of 2 x head_dim operations for each unmasked cell and head. Backward has five."""
-        return 4 * self.mask.area * heads * head_dim
+        return 2 * self.mask.area * heads * (head_dim + (head_dim_v or head_dim))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ CUDA events; before, the L2 cache is flushed and the device kept busy for HEAD_S
 for the host, whose time ``bench_host_time.py`` measures. The order of contenders changes from round to round. Times are
 medians: of at least 7 rounds and 0.3 s a contender, or of 3 rounds that took longer than 3 s a contender. The backward
 pass is all of ``torch.autograd.grad``: delta, zeroed buffers and casts too. Useful work is
-4 x unmasked cells x heads x head_dim, 2.5 times that backward. A contender's times count only if its out, dq, dk, dv
+4 x unmasked cells x heads x head_dim, 2.5 times that backward; where values have another head_dim than keys, as in
+``--head-dims 192:128``, half of the forward pass counts with either, and two fifths of the backward pass with that of
+values. A contender's times count only if its out, dq, dk, dv
 agree with those of the first contender that ran, which is ours unless it failed.
 
 Results are written after every case. Compiling takes most of a short run: FlexAttention does it for each shape and
@@ -47,13 +49,13 @@ class Preset:
     masks: tuple[str, ...]
     seqlens: tuple[int, ...]
     heads: tuple[str, ...] = ("48:8",)
-    head_dims: tuple[int, ...] = (128,)
+    head_dims: tuple[str, ...] = ("128",)
 
 
 PRESETS = {
     "quick": Preset(("causal", "varlen causal", "prefix tree"), (8192,)),
     "table": Preset(tuple(MASKS), (8192, 32768)),
-    "full": Preset(tuple(MASKS), (8192, 32768, 131072), ("48:8", "64:8", "16:16"), (128, 64)),
+    "full": Preset(tuple(MASKS), (8192, 32768, 131072), ("48:8", "64:8", "16:16"), ("128", "64")),
 }
 
 
@@ -128,14 +130,26 @@ class EventTimer:
         return result, milliseconds
 
 
-def make_inputs(case: Case, heads: int, heads_kv: int, head_dim: int, device: str = "cuda") -> dict[str, Tensor]:
-    """q, k, v and dout, ``(tokens, heads, head_dim)``."""
+def make_inputs(
+    case: Case, heads: tuple[int, int], head_dims: tuple[int, int], device: str = "cuda"
+) -> dict[str, Tensor]:
+    """q, k, v and dout, ``(tokens, heads, head_dim)``.
+
+    Args:
+        case: What to attend.
+        heads: Heads of queries and of keys.
+        head_dims: Dimensions of a head of keys and of values.
+        device: Where to make them.
+    """
     torch.manual_seed(0)
-    counts = {"q": heads, "k": heads_kv, "v": heads_kv, "dout": heads}
-    return {
-        name: torch.randn(case.seqlen, count, head_dim, dtype=torch.bfloat16, device=device)
-        for name, count in counts.items()
+    (heads_q, heads_kv), (head_dim, head_dim_v) = heads, head_dims
+    sizes = {
+        "q": (heads_q, head_dim),
+        "k": (heads_kv, head_dim),
+        "v": (heads_kv, head_dim_v),
+        "dout": (heads_q, head_dim_v),
     }
+    return {name: torch.randn(case.seqlen, *x, dtype=torch.bfloat16, device=device) for name, x in sizes.items()}
 
 
 def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
@@ -260,7 +274,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--masks", nargs="+", choices=list(MASKS))
     parser.add_argument("--seqlens", nargs="+", type=int)
     parser.add_argument("--heads", nargs="+", metavar="Q:KV")
-    parser.add_argument("--head-dims", nargs="+", type=int)
+    parser.add_argument("--head-dims", nargs="+", metavar="D[:DV]")
     parser.add_argument("--engines", nargs="+", default=["hopper"], help="of this library; ratios are of the first")
     parser.add_argument("--deterministic", action="store_true", help="time each of them so, too")
     parser.add_argument("--rivals", nargs="*", choices=list(RIVALS), default=list(RIVALS))
@@ -276,6 +290,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError
     except ValueError:
         parser.error("--heads takes pairs such as 48:8, the first a multiple of the second")
+    try:
+        args.head_dims = [(dims[0], dims[-1]) for dims in ([int(y) for y in x.split(":")] for x in args.head_dims)]
+    except ValueError:
+        parser.error("--head-dims takes numbers such as 128, or pairs such as 192:128, of keys and of values")
     return args
 
 
@@ -290,14 +308,15 @@ def main() -> None:
     makers = ours | {name: RIVALS[name] for name in args.rivals}
     report = Report(describe(args), list(ours), args.rivals)
     args.out.mkdir(parents=True, exist_ok=True)
-    for head_dim, (heads, heads_kv), seqlen, name in product(args.head_dims, args.heads, args.seqlens, args.masks):
+    for head_dims, heads, seqlen, name in product(args.head_dims, args.heads, args.seqlens, args.masks):
         if budget.is_spent:
             report.setting["stopped"] = f"after {len(report.results)} cases, out of time"
             break
         case = make_case(name, seqlen)
-        outcomes = run_case(case, make_inputs(case, heads, heads_kv, head_dim), makers, budget, timer)
-        flops = case.forward_flops(heads, head_dim)
-        report.results.append(Result(name, seqlen, heads, heads_kv, head_dim, flops, outcomes))
+        outcomes = run_case(case, make_inputs(case, heads, head_dims), makers, budget, timer)
+        flops = case.forward_flops(heads[0], *head_dims)
+        head_dim_v = None if head_dims[0] == head_dims[1] else head_dims[1]
+        report.results.append(Result(name, seqlen, *heads, head_dims[0], flops, outcomes, head_dim_v))
         print(table_lines(report)[-1], flush=True)
         report.save(args.out / "results.json")
         (args.out / "results.md").write_text(as_markdown(report))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-BACKWARD_TO_FORWARD = 2.5  # five products of tiles against two
+BACKWARD_TO_FORWARD = 2.5  # five products of tiles against two, if all are as large
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Result:
 
     Attributes:
         forward_flops: Useful work of the forward pass.
+        head_dim_v: Dimensions of a head of values; None for those of keys.
     """
 
     mask: str
@@ -48,12 +49,24 @@ class Result:
     head_dim: int
     forward_flops: int
     outcomes: dict[str, Outcome]
+    head_dim_v: int | None = None
+
+    @property
+    def backward_flops(self) -> float:
+        """Useful work of the backward pass: three of its five products are as large as q k^T, two as p v."""
+        head_dim_v = self.head_dim_v or self.head_dim
+        return self.forward_flops * (3 * self.head_dim + 2 * head_dim_v) / (self.head_dim + head_dim_v)
+
+    @property
+    def head_dims(self) -> str:
+        """Dimensions of a head, and of one of values where they differ."""
+        return str(self.head_dim) if self.head_dim_v is None else f"{self.head_dim}:{self.head_dim_v}"
 
     def tflops(self, contender: str) -> tuple[float, float]:
         """TFLOP/s of useful work, forward and backward; NaN where there is no time."""
         outcome = self.outcomes.get(contender, Outcome())
         forward, backward = outcome.forward_ms * 1e9, outcome.backward_ms * 1e9
-        return self.forward_flops / forward, BACKWARD_TO_FORWARD * self.forward_flops / backward
+        return self.forward_flops / forward, self.backward_flops / backward
 
     def best(self, contenders: Sequence[str]) -> tuple[float, float]:
         """The best speed of any of them, forward and backward; NaN where none has a time."""
@@ -115,7 +128,7 @@ def table_lines(report: Report) -> list[str]:
     header = ["mask", "seqlen", "heads", "dim", *contenders, "best rival", "ratio f / b"]
     rows = [header, ["---"] * len(header)]
     for result in report.results:
-        shape = [as_length(result.seqlen), f"{result.heads}:{result.heads_kv}", str(result.head_dim)]
+        shape = [as_length(result.seqlen), f"{result.heads}:{result.heads_kv}", result.head_dims]
         cells = [_cell(result, contender) for contender in contenders]
         best = result.best(report.rivals)
         ratio = [ours / rival for ours, rival in zip(result.tflops(report.ours[0]), best, strict=True)]
@@ -127,7 +140,7 @@ def failure_lines(report: Report) -> list[str]:
     """Why contenders failed, each reason once with the first case and the number of cases."""
     cases: dict[tuple[str, str], list[str]] = {}
     for result in report.results:
-        case = f"{result.mask} {as_length(result.seqlen)} {result.heads}:{result.heads_kv} {result.head_dim}"
+        case = f"{result.mask} {as_length(result.seqlen)} {result.heads}:{result.heads_kv} {result.head_dims}"
         for name, outcome in result.outcomes.items():
             if outcome.failure and outcome.supported:
                 cases.setdefault((name, outcome.failure[:200]), []).append(case)

@@ -13,14 +13,14 @@ from typing import Any
 
 from flex_attn_results import Report, Result, as_length, as_markdown
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[str, int, int, int]
 
 
 def by_shape(results: list[Result]) -> dict[Shape, list[Result]]:
-    """The results of each ``(head_dim, heads, heads_kv, seqlen)``, in the order they have."""
+    """The results of each ``(head_dims, heads, heads_kv, seqlen)``, in the order they have."""
     shapes: dict[Shape, list[Result]] = {}
     for result in results:
-        shapes.setdefault((result.head_dim, result.heads, result.heads_kv, result.seqlen), []).append(result)
+        shapes.setdefault((result.head_dims, result.heads, result.heads_kv, result.seqlen), []).append(result)
     return shapes
 
 
@@ -36,8 +36,8 @@ def plot(report: Report, path: Path) -> None:
     for (shape, results), row in zip(shapes.items(), axes, strict=True):
         for which, (axis, direction) in enumerate(zip(row, ("forward", "backward"), strict=True)):
             draw_groups(axis, results, contenders, which)
-            head_dim, heads, heads_kv, seqlen = shape
-            axis.set_title(f"{direction}, {as_length(seqlen)} tokens, {heads}:{heads_kv} heads, head_dim {head_dim}")
+            head_dims, heads, heads_kv, seqlen = shape
+            axis.set_title(f"{direction}, {as_length(seqlen)} tokens, {heads}:{heads_kv} heads, head_dim {head_dims}")
         row[0].set_ylabel("TFLOP/s of useful work")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(contenders), frameon=False)

@@ -180,7 +180,7 @@ def test_one_contender_that_fails_stops_no_other() -> None:
         "later": fails_later,
     }
     case = cases.make_case("varlen causal", 256)
-    inputs = bench.make_inputs(case, 4, 2, 16, device="cpu")
+    inputs = bench.make_inputs(case, (4, 2), (16, 16), device="cpu")
     outcomes = bench.run_case(case, inputs, makers, bench.Budget(math.inf), WallClock())
     assert list(outcomes) == list(makers)
     assert outcomes["first"].failure == "RuntimeError: no such kernel"
@@ -195,7 +195,7 @@ def test_one_contender_that_fails_stops_no_other() -> None:
 
 def test_spent_budget_times_nobody() -> None:
     case = cases.make_case("causal", 64)
-    inputs = bench.make_inputs(case, 2, 2, 8, device="cpu")
+    inputs = bench.make_inputs(case, (2, 2), (8, 8), device="cpu")
     outcomes = bench.run_case(case, inputs, {"dense": dense_contender}, bench.Budget(0), WallClock())
     assert outcomes["dense"].failure == "TimeoutError: no time left"
 
@@ -261,15 +261,27 @@ def test_plot(report: results.Report, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "| causal | 8k |" in done.stdout
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert list(plot_flex_attn.by_shape(report.results)) == [(128, 48, 8, 8192)]
+    assert list(plot_flex_attn.by_shape(report.results)) == [("128", 48, 8, 8192)]
 
 
 def test_options() -> None:
     table = bench.parse_arguments(["--preset", "table", "--seqlens", "8192", "--heads", "64:8", "16:16"])
-    assert table.masks == tuple(cases.MASKS) and table.seqlens == [8192] and table.head_dims == (128,)
+    assert table.masks == tuple(cases.MASKS) and table.seqlens == [8192] and table.head_dims == [(128, 128)]
     assert table.heads == [(64, 8), (16, 16)]
-    with pytest.raises(SystemExit):
-        bench.parse_arguments(["--heads", "48:7"])
+    assert bench.parse_arguments(["--head-dims", "64", "192:128"]).head_dims == [(64, 64), (192, 128)]
+    for wrong in (["--heads", "48:7"], ["--head-dims", "192:"], ["--head-dims", "192:x"]):
+        with pytest.raises(SystemExit):
+            bench.parse_arguments(wrong)
+
+
+def test_useful_work_where_values_have_another_head_dim() -> None:
+    case = cases.make_case("full", 64)
+    forward = case.forward_flops(2, 192, 128)
+    assert forward == 2 * 64 * 64 * 2 * (192 + 128)
+    result = results.Result("full", 64, 2, 2, 192, forward, {}, head_dim_v=128)
+    assert result.backward_flops == 2 * 64 * 64 * 2 * (3 * 192 + 2 * 128) and result.head_dims == "192:128"
+    equal = replace(result, head_dim=128, head_dim_v=None)
+    assert equal.backward_flops == 2.5 * forward and equal.head_dims == "128"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
