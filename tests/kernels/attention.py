@@ -40,16 +40,18 @@ class Problem:
         head_dim: int = 8,
         softcap: float = 0.0,
         device: str = "cpu",
+        head_dim_v: int | None = None,
         **options: object,
     ) -> "Problem":
         generator = torch.Generator().manual_seed(0)
         rows, keys, (heads_q, heads_kv) = mask.total_seqlen_q, mask.total_seqlen_k, heads
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-        q, dout = normal(rows, heads_q, head_dim), normal(rows, heads_q, head_dim)
-        k, v = normal(keys, heads_kv, head_dim), normal(keys, heads_kv, head_dim)
+        q, dout = normal(rows, heads_q, head_dim), normal(rows, heads_q, head_dim_v)
+        k, v = normal(keys, heads_kv, head_dim), normal(keys, heads_kv, head_dim_v)
         dlse = normal(heads_q, rows).to(torch.float64 if dtype == torch.float64 else torch.float32)
         return cls(mask, q, k, v, dout, dlse, AttnParams(head_dim**-0.5, softcap), **options)
 
@@ -82,7 +84,7 @@ def run_engine(engine: Engine, problem: Problem) -> list[Tensor]:
     p = problem
     schedule = engine.schedule(p.mask.bands, len(p.q), len(p.k))
     state = engine.forward(p.q, p.k, p.v, schedule, p.params, sink=p.sink)
-    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params)
+    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params, p.q.shape[2])
     key_grads = engine.backward(grads, p.q, p.k, p.v, schedule, p.params, p.k.dtype)
     return _results(engine, problem, state, grads, key_grads)
 
@@ -103,7 +105,7 @@ def run_in_parts(engine: Engine, problem: Problem, bounds: list[int]) -> list[Te
         assert state is None or all(a is b for a, b in zip(after, state, strict=True)), "parts are added in place"
         state = after
     assert state is not None
-    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params)
+    grads = engine.start_backward(state.out, p.dout, state.lse, p.dlse, p.params, p.q.shape[2])
     shares = [engine.backward(grads, p.q, k, v, schedule, p.params) for k, v, schedule in parts]
     dk, dv = (torch.cat(x).to(p.k.dtype) for x in zip(*shares, strict=True))
     return _results(engine, problem, state, grads, (dk, dv))
