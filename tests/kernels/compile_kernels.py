@@ -160,7 +160,7 @@ def compile_case(engine: str, name: str) -> list[Compiled]:
         if case.sink:
             return compiled
         out, lse = state.out, state.lse
-        grads = module.start_backward(out, dout, lse, lse, params)
+        grads = module.start_backward(out, dout, lse, lse, params, case.head_dim)
         module.backward(grads, q, k, v, schedule, params, dtype)
         if case.mask is CAUSAL and not case.parts:
             # The hopper engine has another kernel for windows that have the same number of tiles.

@@ -38,7 +38,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
     """See :meth:`magi_attention.kernels.engine.Engine.refusal`."""
     if device.type != "cuda":
         return f"runs on GPUs of compute capability 9.0, not on {device.type}"
@@ -46,6 +46,8 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return f"takes bfloat16 and float16, not {dtype}"
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
         return f"takes a head_dim up to {MAX_HEAD_DIM} that is a multiple of 8, not {head_dim}"
+    if head_dim_v != head_dim:
+        return f"takes values of the head_dim of queries and keys, not {head_dim} and {head_dim_v}"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install 'triton>=3.6'"
     if not torch.cuda.is_available():
@@ -74,7 +76,7 @@ def forward(
 
     is_later = state is not None
     if state is None:
-        state = State.empty(q, schedule.part, params.return_max_logits)
+        state = State.empty(q, v.shape[2], schedule.part, params.return_max_logits)
     launch_forward(q, k, v, schedule, params, state, is_later, sink)
     return state
 
@@ -95,9 +97,10 @@ def start_backward(
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     params: AttnParams,
+    head_dim: int,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.engine.Engine.start_backward`."""
-    return _backward_pass(params).start_backward(out, dout, lse, dlse, params)
+    return _backward_pass(params).start_backward(out, dout, lse, dlse, params, head_dim)
 
 
 def backward(

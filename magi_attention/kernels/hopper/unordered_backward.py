@@ -24,6 +24,7 @@ def start_backward(
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     params: AttnParams,
+    head_dim: int,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.backward_pass.BackwardPass.start_backward`."""
     from magi_attention.kernels.hopper.launch import tile_dim
