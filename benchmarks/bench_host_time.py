@@ -50,10 +50,10 @@ def make_calls(device: str, tokens: int, heads: tuple[int, int], head_dim: int) 
     dout = torch.ones_like(out)
     plain = [x.detach() for x in (q, k, v)]
     result = out.detach()
-    grads = hopper.start_backward(result, dout, lse.detach(), None, params)
+    grads = hopper.start_backward(result, dout, lse.detach(), None, params, head_dim)
     return {
         "engine: forward": lambda: hopper.forward(*plain, schedule, params),
-        "engine: start_backward": lambda: hopper.start_backward(result, dout, lse.detach(), None, params),
+        "engine: start_backward": lambda: hopper.start_backward(result, dout, lse.detach(), None, params, head_dim),
         "engine: backward": lambda: hopper.backward(grads, *plain, schedule, params, torch.bfloat16),
         "engine: finish_backward": lambda: hopper.finish_backward(grads, params, torch.bfloat16),
         "flex_flash_attn_func": call,

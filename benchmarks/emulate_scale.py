@@ -141,7 +141,7 @@ def make_bench(args: argparse.Namespace) -> Bench | None:
     if args.rates or args.reuse:
         return None
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    engine = choose_engine(device, torch.bfloat16, args.head_dim, args.engine)
+    engine = choose_engine(device, torch.bfloat16, (args.head_dim, args.head_dim), args.engine)
     params = AttnParams(softmax_scale=args.head_dim**-0.5, sm_margin=args.sm_margin)
     return Bench(engine, params, device, CudaClock() if args.device == "cuda" else HostClock())
 

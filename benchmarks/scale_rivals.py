@@ -119,7 +119,7 @@ def measure_shard(bench: Bench, shard: Shard, seconds: float) -> tuple[float, fl
         marks = [clock.now()]
         out, lse = engine.forward(q, k, v, schedule, params)[:2]
         marks.append(clock.now())
-        grads = engine.start_backward(out, dout, lse, None, params)
+        grads = engine.start_backward(out, dout, lse, None, params, q.shape[2])
         engine.backward(grads, q, k, v, schedule, params, q.dtype)
         engine.finish_backward(grads, params, q.dtype)
         marks.append(clock.now())

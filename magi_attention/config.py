@@ -79,10 +79,13 @@ class CostModel:
     Attributes:
         heads_q: Heads of the queries.
         heads_kv: Heads of the keys and values; divides ``heads_q``.
-        head_dim: Dimensions of a head.
+        head_dim: Dimensions of a head of queries and keys.
+        head_dim_v: Dimensions of a head of values; None for those of keys.
         element_bytes: Bytes of an element of q, k and v.
-        forward_tflops: TFLOP/s of the forward kernel, of useful work: ``4 * area * heads_q * head_dim`` FLOPs.
-        backward_tflops: TFLOP/s of the backward kernel; its useful work is 2.5 times the forward's.
+        forward_tflops: TFLOP/s of the forward kernel, of useful work:
+            ``2 * area * heads_q * (head_dim + head_dim_v)`` FLOPs.
+        backward_tflops: TFLOP/s of the backward kernel, whose useful work is
+            ``2 * area * heads_q * (3 * head_dim + 2 * head_dim_v)`` FLOPs.
         bandwidth: Bytes a second that a rank sends, and receives at the same time, in an all-to-all.
         latency: Seconds that an all-to-all takes however little travels.
         hbm_bandwidth: Bytes a second that a GPU's memory carries; partial results are merged there.
@@ -95,6 +98,7 @@ class CostModel:
     heads_q: int = 64
     heads_kv: int = 8
     head_dim: int = 128
+    head_dim_v: int | None = None
     element_bytes: int = 2
     forward_tflops: float = 650.0
     backward_tflops: float = 520.0
@@ -108,6 +112,8 @@ class CostModel:
     def __post_init__(self) -> None:
         for name in ("heads_q", "heads_kv", "head_dim", "element_bytes"):
             _make_integer(self, name, at_least=1)
+        if self.head_dim_v is not None:
+            _make_integer(self, "head_dim_v", at_least=1)
         if self.heads_q % self.heads_kv:
             raise ValueError(f"heads_q must be a multiple of heads_kv, not {self.heads_q} with {self.heads_kv}")
         for name in ("forward_tflops", "backward_tflops", "bandwidth", "hbm_bandwidth"):
@@ -120,6 +126,11 @@ class CostModel:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.forward_weight == self.backward_weight == 0:
             raise ValueError("forward_weight and backward_weight must not both be 0: nothing would count")
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Dimensions of a head of keys and of values."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
 
 class AttnOverlapMode(Enum):

@@ -94,6 +94,7 @@ def test_every_cost_is_an_option(tmp_path: Path) -> None:
     slower = [
         "heads-q=128",
         "head-dim=256",
+        "head-dim-v=256",
         "forward-tflops=300",
         "backward-tflops=300",
         "latency=1",

@@ -30,6 +30,8 @@ def test_default_rates_are_the_measured_ones() -> None:
         (dict(heads_q=0), ValueError, "heads_q must be at least 1, not 0"),
         (dict(heads_q=10, heads_kv=4), ValueError, "heads_q must be a multiple of heads_kv, not 10 with 4"),
         (dict(head_dim=64.0), TypeError, "head_dim must be an integer, not 64.0"),
+        (dict(head_dim_v=0), ValueError, "head_dim_v must be at least 1, not 0"),
+        (dict(head_dim_v=64.0), TypeError, "head_dim_v must be an integer, not 64.0"),
         (dict(element_bytes=True), TypeError, "element_bytes must be an integer"),
         (dict(bandwidth=0), ValueError, "bandwidth must be above 0, not 0.0"),
         (dict(hbm_bandwidth=-1), ValueError, "hbm_bandwidth must be above 0"),
@@ -52,6 +54,7 @@ def test_equal_configurations_are_spelled_alike() -> None:
         (LocalityDispatchAlg(0), LocalityDispatchAlg(0.0)),
         (OverlapConfig(degree=np.int64(2)), OverlapConfig(degree=2)),
         (CostModel(heads_q=np.int32(8), bandwidth=np.float32(2**35)), CostModel(heads_q=8, bandwidth=2**35)),
+        (CostModel(head_dim_v=np.int64(64)), CostModel(head_dim_v=64)),
     ):
         assert a == b and repr(a) == repr(b)
     with pytest.raises(TypeError, match="tolerance must be a number, not 'x'"):
@@ -83,7 +86,7 @@ def test_everything_is_part_of_the_key() -> None:
     """Keys are equal when configurations are, and ranks compare how those are spelled."""
     default = OverlapConfig()
     costs = default.cost_model
-    models = [replace(costs, **{cost.name: 2 * getattr(costs, cost.name)}) for cost in fields(CostModel)]
+    models = [replace(costs, **{cost.name: 2 * (getattr(costs, cost.name) or 8)}) for cost in fields(CostModel)]
     others = [
         DistAttnConfig(grad_wire_dtype="input"),
         DistAttnConfig(overlap_config=OverlapConfig(AttnOverlapMode.DYNAMIC)),

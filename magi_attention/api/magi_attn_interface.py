@@ -240,13 +240,14 @@ def calc_attn(
         k: Keys of the local rows, shape ``(local_seqlen_k, num_heads_kv, head_dim)``; ``num_heads_kv`` divides
             ``num_heads_q``. In self-attention there are as many as queries, in cross-attention those that
             ``dispatch(x, key, side="k")`` takes.
-        v: Values of the local rows, of ``k``'s shape.
+        v: Values of the local rows, shape ``(local_seqlen_k, num_heads_kv, head_dim_v)``. Their head_dim may differ
+            from that of queries and keys, as in multi-head latent attention.
         key: The key.
         softmax_scale: Factor of the scores, ``head_dim ** -0.5`` by default; the same on every rank, as all options.
         softcap: If not 0, scores ``x`` become ``softcap * tanh(x / softcap)``.
         deterministic: Ask for engines' gradients that are equal bit by bit from run to run, where that costs time.
         sm_margin: How many multiprocessors of a GPU kernels leave to others, such as communication.
-        engine: The name of the engine that computes. None chooses one by device, dtype and head_dim, see
+        engine: The name of the engine that computes. None chooses one by device, dtype and head_dims, see
             :func:`magi_attention.kernels.explain`.
         sink: An attention sink for each query head, shape ``(num_heads_q,)``, fp32 or of ``q``'s dtype, see
             :func:`~magi_attention.functional.flex_flash_attn.flex_flash_attn_func`. Its gradient on each rank is the
@@ -256,9 +257,10 @@ def calc_attn(
         return_max_logits: Whether to return ``max_logits``, too, which costs an all-reduce of ``num_heads_q`` numbers.
 
     Returns:
-        ``out`` of ``q``'s shape and dtype, and ``lse``, the natural logarithm of the sum of exponentials of each row's
-        scores and its sink, shape ``(num_heads_q, local_seqlen_q)``, fp32 (fp64 for fp64 inputs). Rows that attend
-        nothing give ``out = 0``, ``lse = -inf`` (or the sink) and zero gradients. Gradients flow through both.
+        ``out`` of ``q``'s dtype, shape ``(local_seqlen_q, num_heads_q, head_dim_v)``, and ``lse``, the natural
+        logarithm of the sum of exponentials of each row's scores and its sink, shape
+        ``(num_heads_q, local_seqlen_q)``, fp32 (fp64 for fp64 inputs). Rows that attend nothing give ``out = 0``,
+        ``lse = -inf`` (or the sink) and zero gradients. Gradients flow through both.
 
         With ``return_max_logits`` also ``max_logits``, the highest score of each head over the rows of all ranks,
         without the sink, shape ``(num_heads_q,)``, the same on every rank and without a gradient.
@@ -283,7 +285,7 @@ def calc_attn(
     params = AttnParams(scale, softcap, deterministic, sm_margin, return_max_logits)
     results: tuple[torch.Tensor, ...]
     with on_device(q.device):
-        program = runtime.program(choose_engine(q.device, q.dtype, q.shape[2], engine), q.device)
+        program = runtime.program(choose_engine(q.device, q.dtype, (q.shape[2], v.shape[2]), engine), q.device)
         if runtime.splits_heads:
             results = attend_by_heads(q, k, v, runtime, program, params, sink)
         else:

@@ -61,7 +61,8 @@ columns of the table:
 COSTS: dict[str, str] = {
     "heads_q": "heads of the queries",
     "heads_kv": "heads of the keys and values",
-    "head_dim": "dimensions of a head",
+    "head_dim": "dimensions of a head of the queries and keys",
+    "head_dim_v": "dimensions of a head of the values, if these are others",
     "element_bytes": "bytes of an element of q, k and v",
     "forward_tflops": "TFLOP/s of the forward kernel",
     "backward_tflops": "TFLOP/s of the backward kernel",
@@ -125,7 +126,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     for cost in dataclasses.fields(CostModel):
         name = "--" + cost.name.replace("_", "-")
-        costs.add_argument(name, type=type(cost.default), default=cost.default, metavar="X", help=COSTS[cost.name])
+        kind = int if cost.default is None else type(cost.default)
+        costs.add_argument(name, type=kind, default=cost.default, metavar="X", help=COSTS[cost.name])
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -45,7 +45,8 @@ def flex_flash_attn_func(
     Args:
         q: Queries, ``(tokens, heads_q, head_dim)``; float32, float64, bfloat16 or float16, any strides.
         k: Keys, ``(keys, heads_kv, head_dim)``. Query head ``h`` attends key head ``h // (heads_q // heads_kv)``.
-        v: Values, shaped as ``k``.
+        v: Values, ``(keys, heads_kv, head_dim_v)``. Their head_dim may differ from that of queries and keys, as in
+            multi-head latent attention.
         q_ranges: The half-open range ``(start, end)`` of each slice's queries, int32 or int64 ``(n, 2)``, on
             the device of ``q``.
         k_ranges: The same of its keys.
@@ -63,7 +64,7 @@ def flex_flash_attn_func(
         disable_fwd_atomic_reduction: A promise that no query is in two slices, which saves other implementations
             atomic operations. There are none here: a query's slices are always computed together. Ignored.
         auto_range_merge: Ask to join slices of the same queries before computing. They always are. Ignored.
-        engine: The name of the engine that computes. None chooses by device, dtype and head_dim, see
+        engine: The name of the engine that computes. None chooses by device, dtype and head_dims, see
             :func:`magi_attention.kernels.explain`.
         sink: An attention sink for each query head: a score that joins the softmax of each query and has no value,
             ``(heads_q,)``, float32 or of the dtype of ``q`` (Xiao et al. 2023, https://arxiv.org/abs/2309.17453;
@@ -72,9 +73,9 @@ def flex_flash_attn_func(
         return_max_logits: Whether to return ``max_logits``, too.
 
     Returns:
-        ``out``, shaped and typed as ``q``, and ``lse``, the natural log-sum-exp of each query's scores and its sink,
-        ``(heads_q, tokens)``, float32, or float64 when ``q`` is. A query that attends nothing has ``out`` 0, and
-        ``lse`` -inf and no gradient; with a sink, ``lse`` is the sink. Both are differentiable.
+        ``out``, ``(tokens, heads_q, head_dim_v)``, typed as ``q``, and ``lse``, the natural log-sum-exp of each query's
+        scores and its sink, ``(heads_q, tokens)``, float32, or float64 when ``q`` is. A query that attends nothing has
+        ``out`` 0, and ``lse`` -inf and no gradient; with a sink, ``lse`` is the sink. Both are differentiable.
 
         With ``return_max_logits`` also ``max_logits``: for each query head, the highest of the scores that go into the
         softmaxes of its queries, without the sink, ``(heads_q,)``, typed as ``lse``; -inf where nothing is attended.

@@ -71,7 +71,7 @@ def _forward(
     *values: Any,
 ) -> Tensors:
     """``out``, ``lse``, and the highest scores, of which there are none when they are not asked for."""
-    call = _prepare(q, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
+    call = _prepare(q, v, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
     with on_device(q.device):
         state = call.engine.forward(q, k, v, call.schedule, call.params, sink=sink)
         max_logits = state.max_logits() if call.params.return_max_logits else state.lse.new_empty(0)
@@ -81,19 +81,20 @@ def _forward(
 def _backward(dout: torch.Tensor | None, dlse: torch.Tensor | None, *rest: Any) -> Tensors:
     """``dq``, ``dk``, ``dv``, and ``dsink``, which is empty when there is no sink."""
     out, lse, q, k, v, sink, q_ranges, k_ranges, attn_type_map, *values = rest
-    call = _prepare(q, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
+    call = _prepare(q, v, MaskTensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0]), Options(*values))
     engine, schedule, params = call
     with on_device(q.device):
-        grads = engine.start_backward(out, dout, lse, dlse, params)
+        grads = engine.start_backward(out, dout, lse, dlse, params, q.shape[2])
         dk, dv = engine.backward(grads, q, k, v, schedule, params, k.dtype)
         dsink = q.new_empty(0) if sink is None else engine.sink_grad(grads, sink, params)
         return engine.finish_backward(grads, params, q.dtype), dk, dv, dsink
 
 
-def _fake_forward(q: torch.Tensor, *others: Any) -> Tensors:
+def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> Tensors:
     num_rows, num_heads, _ = q.shape
+    out = q.new_empty((num_rows, num_heads, v.shape[2]))
     lse = q.new_empty((num_heads, num_rows), dtype=accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), lse, lse.new_empty(num_heads if Options(*others[6:]).return_max_logits else 0)
+    return out, lse, lse.new_empty(num_heads if Options(*others[4:]).return_max_logits else 0)
 
 
 def _fake_backward(dout: Any, dlse: Any, out: Any, lse: Any, *others: Any) -> Tensors:
@@ -155,8 +156,8 @@ _choose_engine = functools.lru_cache(choose_engine)
 _make_params = functools.lru_cache(AttnParams)
 
 
-def _prepare(q: torch.Tensor, mask: MaskTensors, options: Options) -> Call:
-    engine = _choose_engine(q.device, q.dtype, q.shape[2], options.engine)
+def _prepare(q: torch.Tensor, v: torch.Tensor, mask: MaskTensors, options: Options) -> Call:
+    engine = _choose_engine(q.device, q.dtype, (q.shape[2], v.shape[2]), options.engine)
     compiled = compile_mask(engine, mask)
     for name, given, longest in (
         ("q", options.max_seqlen_q, compiled.longest_q),

@@ -18,6 +18,7 @@ class BackwardPass(Protocol):
         lse: torch.Tensor,
         dlse: torch.Tensor | None,
         params: AttnParams,
+        head_dim: int,
     ) -> QueryGrads:
         """What the backward pass over any part of the keys needs of the queries.
 
@@ -27,6 +28,7 @@ class BackwardPass(Protocol):
             lse: The log-sum-exp over all keys and the sink.
             dlse: The gradient of ``lse``; None where there is none.
             params: As in the forward pass.
+            head_dim: The last dimension of the queries, and so of ``dq``; that of ``out`` is the values'.
         """
 
     def backward(
@@ -45,13 +47,13 @@ class BackwardPass(Protocol):
             grads: From :meth:`start_backward`.
             q: As in the forward pass.
             k: A part of the keys, or all.
-            v: Shaped as ``k``.
+            v: Their values.
             schedule: The mask of the queries and these keys.
             params: As in the forward pass.
             dtype: The type of the results; None for the accumulation type.
 
         Returns:
-            ``dk`` and ``dv``, shaped as ``k``.
+            ``dk`` and ``dv``, shaped as ``k`` and ``v``.
         """
 
     def adds_in_any_order(self, params: AttnParams) -> bool:

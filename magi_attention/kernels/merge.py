@@ -18,7 +18,7 @@ def add_part(
     For engines that keep the sums of all queries until the last part, and round them then.
 
     Args:
-        out_part: ``(tokens, heads, head_dim)``; of the first part it becomes the sums.
+        out_part: ``(tokens, heads, head_dim_v)``; of the first part it becomes the sums.
         lse_part: ``(heads, tokens)``.
         max_part: The highest scores, shaped as ``lse_part``; None where they are not asked for.
         dtype: The type of the output.
@@ -49,7 +49,7 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor, out_part: torch.Tensor, l
     ``lse`` -inf, the other side is kept bit by bit. A sink is such a part, too: its ``out`` is 0.
 
     Args:
-        out: ``(tokens, heads, head_dim)``, in the accumulation type.
+        out: ``(tokens, heads, head_dim_v)``, in the accumulation type.
         lse: Natural log-sum-exp, ``(heads, tokens)``.
         out_part: Of a shape that broadcasts to that of ``out``.
         lse_part: Of a shape that broadcasts to that of ``lse``.

@@ -59,7 +59,7 @@ class State(NamedTuple):
     """What queries have so far of the parts of the keys; after the last part, the result.
 
     Attributes:
-        out: ``(num_rows, heads_q, head_dim)``, of queries that are done, in the type of ``q``, contiguous.
+        out: ``(num_rows, heads_q, head_dim_v)``, of queries that are done, in the type of ``q``, contiguous.
         lse: Natural log-sum-exp of the scores so far, ``(heads_q, num_rows)``, in the accumulation type.
         sums: The outputs so far of queries that go on, shaped as ``out``, in the accumulation type; None when the
             keys came at once.
@@ -78,10 +78,11 @@ class State(NamedTuple):
 
         Args:
             q: Queries, ``(num_rows, heads_q, head_dim)``, whose accumulation type is float32.
+            head_dim_v: The last dimension of the values.
             part: The first part.
             with_max: Whether the highest scores are asked for.
         """
-        out = torch.empty(*q.shape[:2], head_dim_v, dtype=q.dtype, device=q.device)
+        out = torch.empty((*q.shape[:2], head_dim_v), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         sums = None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32)
         return cls(out, lse, sums, torch.empty_like(lse) if with_max else None)

@@ -50,8 +50,8 @@ def _undisturbed(function: Function) -> Function:
     return cast(Function, run)
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See :meth:`magi_attention.kernels.engine.Engine.refusal`: any device, any head_dim."""
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
+    """See :meth:`magi_attention.kernels.engine.Engine.refusal`: any device, any head_dims."""
     return None if dtype in DTYPES else f"takes float32, float64, bfloat16 and float16, not {dtype}"
 
 
@@ -73,7 +73,7 @@ def forward(
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
     dtype = accumulation_dtype(q.dtype)
     heads_kv, group, out_dtype = k.shape[1], q.shape[1] // k.shape[1], q.dtype
-    out = q.new_zeros(q.shape, dtype=dtype)
+    out = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=dtype)
     lse, row_max = (q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype) for _ in range(2))
     tiles = _Tiles(schedule, heads_kv, group, out)
     factor, cap = _base_2(params)
@@ -85,7 +85,7 @@ def forward(
             q_tile = _pack(q[heads, rows], dtype) * factor
             # Each row's highest score so far. It is finite, so that a row without a key has exp2(-inf - top) = 0.
             top = q_tile.new_full((*q_tile.shape[:2], 1), torch.finfo(dtype).min)
-            total, out_tile = torch.zeros_like(top), torch.zeros_like(q_tile)
+            total, out_tile = torch.zeros_like(top), q_tile.new_zeros((*q_tile.shape[:2], v.shape[3]))
             for keys, bias in key_tiles:
                 scores = _product(q_tile, k_heads[:, keys], tiles.memory[0])
                 if cap:
@@ -113,6 +113,7 @@ def start_backward(
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     params: AttnParams,
+    head_dim: int,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.engine.Engine.start_backward`; ``lse`` and ``delta`` go by base 2."""
     dout = torch.zeros_like(out) if dout is None else dout
@@ -124,7 +125,7 @@ def start_backward(
         dout=dout.masked_fill(attends_nothing.T.unsqueeze(2), 0),
         lse=(lse / LN2).masked_fill(attends_nothing, torch.inf),  # probabilities become exp2(score - inf) = 0
         delta=(delta * LN2).masked_fill(attends_nothing, 0),
-        dq=out.new_zeros(out.shape, dtype=lse.dtype),
+        dq=out.new_zeros((*out.shape[:2], head_dim), dtype=lse.dtype),
     )
 
 

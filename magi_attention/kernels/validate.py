@@ -11,7 +11,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     Args:
         q: ``(tokens, heads_q, head_dim)``.
         k: ``(keys, heads_kv, head_dim)``; ``heads_kv`` divides ``heads_q``.
-        v: Shaped as ``k``.
+        v: ``(keys, heads_kv, head_dim_v)``.
 
     Raises:
         TypeError: If one is not a tensor, not floating point, or their dtypes differ.
@@ -30,10 +30,12 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in named.items():
         if x.ndim != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, head_dim), got {tuple(x.shape)}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"k and v must have as many keys and heads, got shapes {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[2] != k.shape[2] or q.shape[2] == 0:
         raise ValueError(f"q and k must have one head_dim, at least 1, got {q.shape[2]} and {k.shape[2]}")
+    if v.shape[2] == 0:
+        raise ValueError(f"v must have a head_dim of at least 1, got shape {tuple(v.shape)}")
     heads_q, heads_kv = q.shape[1], k.shape[1]
     if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
         raise ValueError(f"the heads of q must be a multiple of the heads of k and v, got {heads_q} and {heads_kv}")

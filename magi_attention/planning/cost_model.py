@@ -114,8 +114,9 @@ class PassCosts:
     @classmethod
     def forward(cls, work: StageWork, model: CostModel) -> "PassCosts":
         """The forward pass. A later stage reads and writes the float32 results of the queries that attend it."""
-        per_cell = 4 * model.heads_q * model.head_dim / (model.forward_tflops * 1e12)
-        per_query = 2 * 4 * model.heads_q * model.head_dim / model.hbm_bandwidth
+        dim, dim_v = model.head_dims
+        per_cell = 2 * model.heads_q * (dim + dim_v) / (model.forward_tflops * 1e12)
+        per_query = 2 * 4 * model.heads_q * dim_v / model.hbm_bandwidth
         stages = work.areas * per_cell + work.queries * per_query
         stages += (work.areas > 0) * model.stage_overhead
         return cls(work.local_areas * per_cell, stages, _collectives(work, model, model.element_bytes), None)
@@ -123,7 +124,8 @@ class PassCosts:
     @classmethod
     def backward(cls, work: StageWork, model: CostModel, grad_bytes: int) -> "PassCosts":
         """The backward pass; its partial gradients have ``grad_bytes`` bytes an element on the wire."""
-        per_cell = 10 * model.heads_q * model.head_dim / (model.backward_tflops * 1e12)
+        dim, dim_v = model.head_dims  # scores, dq and dk are products of dim; dv and the gradients of scores of dim_v
+        per_cell = 2 * model.heads_q * (3 * dim + 2 * dim_v) / (model.backward_tflops * 1e12)
         stages = work.areas * per_cell + (work.areas > 0) * model.stage_overhead
         casts, reduces = (_collectives(work, model, size) for size in (model.element_bytes, grad_bytes))
         return cls(work.local_areas * per_cell, stages, casts, reduces, work.own_keys_fill)
@@ -140,7 +142,7 @@ def grad_wire_bytes(dtype: GradWireDtype, model: CostModel) -> int:
 
 
 def _collectives(work: StageWork, model: CostModel, element_bytes: int) -> FloatArray:
-    """Seconds of each stage's all-to-all of two tensors of rows; nothing where nothing travels."""
+    """Seconds of each stage's all-to-all of rows of keys and values; nothing where nothing travels."""
     rows = np.maximum(work.received.max(axis=-1), work.sent.max(axis=-1))
-    per_row = 2 * model.heads_kv * model.head_dim * element_bytes / model.bandwidth
+    per_row = model.heads_kv * sum(model.head_dims) * element_bytes / model.bandwidth
     return rows * per_row + (rows > 0) * model.latency

@@ -120,7 +120,7 @@ class DistAttn(torch.autograd.Function):
         lane = stage_lane(q, program, params)
         with lane.after(lane.now()):
             upcoming = start_cast(1, k, v, program)
-        query_grads = engine.start_backward(out, dout, lse, dlse, params)
+        query_grads = engine.start_backward(out, dout, lse, dlse, params, q.shape[2])
         dtype = None if program.stages else k.dtype  # parts are added up before rounding
         wire_dtype = k.dtype if program.rounds_grads else None
 

@@ -54,14 +54,14 @@ def dense_attention(
     Args:
         q: Queries, shape ``(tokens_q, heads_q, head_dim)``.
         k: Keys, shape ``(tokens_k, heads_kv, head_dim)``. Query head ``h`` uses head ``h // (heads_q // heads_kv)``.
-        v: Values, shape ``(tokens_k, heads_kv, head_dim)``.
+        v: Values, shape ``(tokens_k, heads_kv, head_dim_v)``.
         dense_mask: True where a query attends a key, shape ``(tokens_q, tokens_k)``.
         softmax_scale: Factor of the scores, ``head_dim ** -0.5`` by default.
         softcap: If positive, scores become ``softcap * tanh(scores / softcap)``.
         sink: If given, one more score for each query of a head, whose value is 0, shape ``(heads_q,)``.
 
     Returns:
-        ``out``, shape ``(tokens_q, heads_q, head_dim)``, and the natural log-sum-exp of the scores ``lse``, shape
+        ``out``, shape ``(tokens_q, heads_q, head_dim_v)``, and the natural log-sum-exp of the scores ``lse``, shape
         ``(heads_q, tokens_q)``, at least float32. A query that attends nothing has ``out`` 0, and ``lse`` -inf or
         the sink; without a sink it passes no gradient on.
     """

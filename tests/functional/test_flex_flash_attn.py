@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
@@ -18,9 +19,9 @@ def ranges_of(mask: AttnMask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return q_ranges.to_tensor(), k_ranges.to_tensor(), codes
 
 
-def inputs(rows: int, keys: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def inputs(rows: int, keys: int, dtype: torch.dtype = torch.float64, head_dim_v: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((rows, 4, 8), (keys, 2, 8), (keys, 2, 8))
+    shapes = ((rows, 4, 8), (keys, 2, 8), (keys, 2, head_dim_v))
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -28,10 +29,10 @@ def a_sink(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.linspace(-1, 2, 4, dtype=dtype).requires_grad_()
 
 
-def check(mask: AttnMask, sink: bool = False, **options: float) -> None:
+def check(mask: AttnMask, sink: bool = False, head_dim_v: int = 8, **options: float) -> None:
     q_ranges, k_ranges, codes = ranges_of(mask)
     rows, keys = mask.total_seqlen_q, mask.total_seqlen_k
-    leaves, oracle = ([*inputs(rows, keys), *([a_sink()] if sink else [])] for _ in range(2))
+    leaves, oracle = ([*inputs(rows, keys, head_dim_v=head_dim_v), *([a_sink()] if sink else [])] for _ in range(2))
     q, k, v, *given = leaves
     options_and_sink = options | ({"sink": given[0]} if sink else {})
     out, lse = flex_flash_attn_func(q, k, v, q_ranges, k_ranges, attn_type_map=codes, **options_and_sink)
@@ -53,9 +54,9 @@ def test_named_masks(name: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(masks(max_seqlen=40))
-def test_generated_masks(mask: AttnMask) -> None:
-    check(mask)
+@given(masks(max_seqlen=40), st.sampled_from([8, 3, 11]))
+def test_generated_masks(mask: AttnMask, head_dim_v: int) -> None:
+    check(mask, head_dim_v=head_dim_v)
 
 
 def test_options() -> None:
@@ -114,14 +115,23 @@ def test_gradcheck(results: slice) -> None:
     assert torch.autograd.gradcheck(lambda *x: attend(*x)[results], inputs(9, 9))
 
 
+@pytest.mark.parametrize("head_dim_v", [8, 3, 11])
 @pytest.mark.parametrize("results", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["out", "lse", "both"])
-def test_gradcheck_with_a_sink(results: slice) -> None:
+def test_gradcheck_with_a_sink(results: slice, head_dim_v: int) -> None:
     """Query 9 attends nothing."""
 
     def attend_with_sink(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor) -> object:
         return flex_flash_attn_func(q, k, v, RANGES, RANGES, attn_type_map=CAUSAL, softcap=3.0, sink=sink)[results]
 
-    assert torch.autograd.gradcheck(attend_with_sink, [*inputs(10, 9), a_sink()])
+    assert torch.autograd.gradcheck(attend_with_sink, [*inputs(10, 9, head_dim_v=head_dim_v), a_sink()])
+
+
+@pytest.mark.parametrize("head_dim_v", [3, 11])
+def test_without_a_gradient_of_the_output(head_dim_v: int) -> None:
+    """There is nothing then to tell the head_dim of values by but the output."""
+    q, k, v = inputs(9, 9, head_dim_v=head_dim_v)
+    attend(q, k, v)[1].sum().backward()
+    assert q.grad.shape == q.shape and q.grad.any() and k.grad.any() and not v.grad.any()
 
 
 def test_a_sink_alone_has_a_gradient() -> None:
@@ -251,6 +261,13 @@ def test_bad_tensors() -> None:
     q, k, v = inputs(9, 9)
     refuse((TypeError, ValueError), "dtype", k=k.float())
     refuse(ValueError, "head", k=torch.zeros(9, 3, 8).double(), v=torch.zeros(9, 3, 8).double())
-    refuse(ValueError, "v", v=v[:8])
+    refuse(
+        ValueError,
+        r"k and v must have as many keys and heads, got shapes \(9, 2, 8\) and \(8, 2, 8\)",
+        v=v[:8],
+    )
+    refuse(ValueError, "k and v must have as many keys and heads", v=v[:, :1])
+    refuse(ValueError, r"v must have a head_dim of at least 1, got shape \(9, 2, 0\)", v=v[:, :, :0])
+    refuse(ValueError, "q and k must have one head_dim, at least 1, got 8 and 3", k=k[:, :, :3])
     refuse(ValueError, "q", q=q[0])
     refuse(TypeError, "q", q=q.detach().long())

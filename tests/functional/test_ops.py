@@ -22,9 +22,10 @@ def a_sink(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.linspace(-1, 2, 4, dtype=dtype).requires_grad_()
 
 
-def inputs(rows: int = 9, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def inputs(rows: int = 9, dtype: torch.dtype = torch.float64, head_dim_v: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(rows, h, 8, generator=generator, dtype=dtype).requires_grad_() for h in (4, 2, 2)]
+    shapes = ((4, 8), (2, 8), (2, head_dim_v))
+    return [torch.randn(rows, *shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
 def loss_of(
@@ -60,8 +61,9 @@ def gradients(
     ranges: torch.Tensor,
     types: torch.Tensor | None,
     *sink: torch.Tensor,
+    head_dim_v: int = 8,
 ) -> list[torch.Tensor]:
-    leaves = [*inputs(rows), *sink]
+    leaves = [*inputs(rows, head_dim_v=head_dim_v), *sink]
     loss = function(*leaves, ranges, types)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
@@ -90,6 +92,16 @@ def test_compiled_with_a_sink_and_highest_scores(backend: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("head_dim_v", [3, 11])
+def test_compiled_with_values_of_another_head_dim(head_dim_v: int) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(loss_with_sink, fullgraph=True, backend="aot_eager")
+    functions = compiled, loss_with_sink
+    ours, eager = (gradients(f, 9, RANGES, TYPES, a_sink(), head_dim_v=head_dim_v) for f in functions)
+    for actual, expected in zip(ours, eager, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_mistake_in_a_compiled_call_is_the_same_error() -> None:
     torch.compiler.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
@@ -116,6 +128,16 @@ def test_backward_operator(missing: int | None, sink: torch.Tensor | None) -> No
     out, lse, _ = forward_op(q, k, v, sink, *mask, *OPTIONS)
     grads = [None if n == missing else torch.ones_like(x) for n, x in enumerate((out, lse))]
     opcheck(backward_op, (*grads, out, lse, q, k, v, sink, *mask, *OPTIONS))
+
+
+@pytest.mark.parametrize("head_dim_v", [3, 11])
+def test_both_operators_with_values_of_another_head_dim(head_dim_v: int) -> None:
+    mask = RANGES, RANGES, TYPES
+    opcheck(forward_op, (*inputs(head_dim_v=head_dim_v), None, *mask, *OPTIONS))
+    q, k, v = (x.detach() for x in inputs(head_dim_v=head_dim_v))
+    out, lse, _ = forward_op(q, k, v, None, *mask, *OPTIONS)
+    assert out.shape == (9, 4, head_dim_v)
+    opcheck(backward_op, (torch.ones_like(out), None, out, lse, q, k, v, None, *mask, *OPTIONS))
 
 
 def refuses_a_second_derivative(out: torch.Tensor, q: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ def main() -> None:
     """Every engine for this GPU, forward and backward, whole and in two parts of the keys."""
     for engine in ENGINES:
         for head_dim in (64, 128, 256):
-            if engine.refusal(torch.device("cuda", 0), torch.bfloat16, head_dim) is not None:
+            if engine.refusal(torch.device("cuda", 0), torch.bfloat16, head_dim, head_dim) is not None:
                 continue
             for name in MASKS:
                 bands = named_masks(SEQLEN)[name].bands
@@ -36,7 +36,7 @@ def main() -> None:
                 # Few programs, so that each takes several windows.
                 engine.forward(q, k, v, schedule, replace(params, yields=True, sm_margin=130))
                 out, lse, *_ = engine.forward(q, k, v, schedule, params)
-                grads = engine.start_backward(out, dout, lse, torch.randn_like(lse), params)
+                grads = engine.start_backward(out, dout, lse, torch.randn_like(lse), params, head_dim)
                 engine.backward(grads, q, k, v, schedule, params, k.dtype)
                 engine.finish_backward(grads, params, q.dtype)
                 torch.cuda.synchronize()

@@ -37,8 +37,11 @@ def gpus() -> Iterator[RankPool]:
         yield pool
 
 
-def make_problem(mask: AttnMask, config: DistAttnConfig, heads: tuple[int, int] = (8, 2)) -> Problem:
-    return Problem.random(mask, torch.bfloat16, heads, 128, chunk_size=64, config=config)
+def make_problem(
+    mask: AttnMask, config: DistAttnConfig, heads: tuple[int, int] = (8, 2), head_dims: tuple[int, int] = (128, 128)
+) -> Problem:
+    head_dim, head_dim_v = head_dims
+    return Problem.random(mask, torch.bfloat16, heads, head_dim, chunk_size=64, config=config, head_dim_v=head_dim_v)
 
 
 def on_gpu(problem: Problem) -> Problem:
@@ -60,6 +63,17 @@ def run_problems(rank: int, group: dist.ProcessGroup, problems: list[Problem]) -
 def test_named_masks(gpus: RankPool, config: str) -> None:
     zoo = named_masks(700)
     problems = [make_problem(zoo[name], CONFIGS[config]) for name in sorted(zoo)]
+    first, second = gpus.run(run_problems, 2, problems)
+    for problem, ours, others in zip(problems, first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+        check_on_gpu(ours, problem)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS))
+def test_values_of_another_head_dim(gpus: RankPool, config: str) -> None:
+    """As in multi-head latent attention."""
+    masks = [named_masks(700)[name] for name in ("causal", "varlen causal")]
+    problems = [make_problem(mask, CONFIGS[config], heads=(8, 8), head_dims=(192, 128)) for mask in masks]
     first, second = gpus.run(run_problems, 2, problems)
     for problem, ours, others in zip(problems, first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))

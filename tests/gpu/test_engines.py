@@ -33,12 +33,14 @@ def problem_on_gpu(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     softcap: float = 0.0,
+    head_dim_v: int | None = None,
 ) -> Problem:
     """Numbers that every type holds; the test is skipped where the engine does not take them."""
-    reason = engine.refusal(torch.device("cuda", 0), dtype, head_dim)
+    reason = engine.refusal(torch.device("cuda", 0), dtype, head_dim, head_dim if head_dim_v is None else head_dim_v)
     if reason is not None:
         pytest.skip(f"{engine.name} {reason}")
-    return Problem.random(mask, torch.bfloat16, heads, head_dim, softcap, device="cuda").cast(dtype)
+    problem = Problem.random(mask, torch.bfloat16, heads, head_dim, softcap, device="cuda", head_dim_v=head_dim_v)
+    return problem.cast(dtype)
 
 
 @pytest.mark.parametrize("seqlen", [300, 1024])
@@ -247,6 +249,15 @@ def test_parts_of_the_keys(engine: Engine, name: str, bounds: list[int], sink: b
 @pytest.mark.parametrize("name", ["full", "varlen causal", "several intervals a row", "holes"])
 def test_large_head_dims(engine: Engine, name: str, head_dim: int, heads: tuple[int, int]) -> None:
     problem = problem_on_gpu(engine, named_masks(1024)[name], heads, head_dim).with_sink()
+    check_bound(run_engine(engine, problem), problem)
+    check_bound(run_in_parts(engine, problem, [0, 64, 700]), problem)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (6, 2)])
+@pytest.mark.parametrize("name", ["full", "varlen causal", "several intervals a row", "holes"])
+def test_values_of_another_head_dim(engine: Engine, name: str, heads: tuple[int, int]) -> None:
+    """As in multi-head latent attention."""
+    problem = problem_on_gpu(engine, named_masks(1024)[name], heads, 192, head_dim_v=128).with_sink()
     check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [0, 64, 700]), problem)
 

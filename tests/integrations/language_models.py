@@ -33,6 +33,13 @@ CONFIGS = {
     "gpt-oss": (
         "GptOssConfig", dict(sliding_window=6, layer_types=ALTERNATING, num_local_experts=3, num_experts_per_tok=2)
     ),
+    "deepseek v3": (  # values have another head_dim than queries and keys
+        "DeepseekV3Config",
+        dict(
+            q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10,
+            num_key_value_heads=4, first_k_dense_replace=2,
+        ),
+    ),
     "llama4": ("Llama4TextConfig", LLAMA4 | dict(attn_temperature_tuning=False)),
     "llama4 tuned": ("Llama4TextConfig", LLAMA4 | dict(floor_scale=4)),
 }  # fmt: skip

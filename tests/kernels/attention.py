@@ -40,16 +40,18 @@ class Problem:
         head_dim: int = 8,
         softcap: float = 0.0,
         device: str = "cpu",
+        head_dim_v: int | None = None,
         **options: object,
     ) -> "Problem":
         generator = torch.Generator().manual_seed(0)
         rows, keys, (heads_q, heads_kv) = mask.total_seqlen_q, mask.total_seqlen_k, heads
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-        q, dout = normal(rows, heads_q, head_dim), normal(rows, heads_q, head_dim)
-        k, v = normal(keys, heads_kv, head_dim), normal(keys, heads_kv, head_dim)
+        q, dout = normal(rows, heads_q, head_dim), normal(rows, heads_q, head_dim_v)
+        k, v = normal(keys, heads_kv, head_dim), normal(keys, heads_kv, head_dim_v)
         dlse = normal(heads_q, rows).to(torch.float64 if dtype == torch.float64 else torch.float32)
         return cls(mask, q, k, v, dout, dlse, AttnParams(head_dim**-0.5, softcap), **options)
 

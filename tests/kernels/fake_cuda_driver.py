@@ -101,7 +101,7 @@ def fake_h100(keep: int = 200) -> Iterator[FakeCudaDriver]:
         stack.callback(setattr, triton.runtime.driver, "_active", before)
         triton.runtime.driver.set_active(driver)
         stack.callback(ops._choose_engine.cache_clear)
-        stack.enter_context(patch.object(hopper, "refusal", lambda device, dtype, head_dim: None))
+        stack.enter_context(patch.object(hopper, "refusal", lambda device, dtype, head_dim, head_dim_v: None))
         stack.enter_context(patch.object(launch, "_num_multiprocessors", lambda device: NUM_MULTIPROCESSORS))
         for launcher in LAUNCHERS:
             kernel = launcher._kernel

@@ -27,35 +27,54 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_a_cpu_gets_the_reference_engine(dtype: torch.dtype) -> None:
-    assert choose_engine(CPU, dtype, 300) is reference
+    assert choose_engine(CPU, dtype, (300, 300)) is reference
     assert "reference: chosen" in explain("cpu", dtype, 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_gets_a_gpu_engine(gpu: None, dtype: torch.dtype) -> None:
-    assert choose_engine(CUDA, dtype, 256) is triton
+    assert choose_engine(CUDA, dtype, (256, 256)) is triton
     assert "triton: chosen" in explain(CUDA, dtype, 256)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "reason"),
+    ("dtype", "head_dims", "reason"),
     [
-        (torch.float64, 64, "takes bfloat16, float16 and float32, not torch.float64"),
-        (torch.bfloat16, 257, "takes a head_dim up to 256 that is a multiple of 8, not 257"),
+        (torch.float64, (64, 64), "takes bfloat16, float16 and float32, not torch.float64"),
+        (torch.bfloat16, (257, 257), "takes a head_dim up to 256 that is a multiple of 8, not 257"),
+        (torch.bfloat16, (192, 100), "takes a head_dim up to 256 that is a multiple of 8, not 192 and 100"),
+        (torch.bfloat16, (264, 128), "takes a head_dim up to 256 that is a multiple of 8, not 264 and 128"),
     ],
 )
 def test_the_reference_engine_is_not_chosen_silently_on_a_gpu(
-    gpu: None, dtype: torch.dtype, head_dim: int, reason: str
+    gpu: None, dtype: torch.dtype, head_dims: tuple[int, int], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=rf'(?s)triton: {reason}.*reference: only when asked for with engine="ref'):
-        choose_engine(CUDA, dtype, head_dim)
-    assert choose_engine(CUDA, dtype, head_dim, "reference") is reference
+        choose_engine(CUDA, dtype, head_dims)
+    assert choose_engine(CUDA, dtype, head_dims, "reference") is reference
+
+
+@pytest.mark.parametrize("head_dims", [(192, 128), (64, 256)])
+def test_values_of_another_head_dim(gpu: None, head_dims: tuple[int, int]) -> None:
+    assert choose_engine(CPU, torch.float32, head_dims) is reference
+    assert choose_engine(CUDA, torch.bfloat16, head_dims) is triton
+    assert "triton: chosen" in explain(CUDA, torch.bfloat16, *head_dims)
+
+
+def test_messages_tell_of_both_head_dims_where_they_differ(gpu: None) -> None:
+    with pytest.raises(ValueError, match=r"attention of torch.float64, head_dim 192 and 128, on cuda"):
+        choose_engine(CUDA, torch.float64, (192, 128))
+    with pytest.raises(ValueError, match=r"attention of torch.float64, head_dim 192, on cuda"):
+        choose_engine(CUDA, torch.float64, (192, 192))
+    assert explain(CUDA, torch.bfloat16, 128) == explain(CUDA, torch.bfloat16, 128, 128)
+    with pytest.raises(TypeError, match="head_dim_v must be an integer"):
+        explain(CUDA, torch.bfloat16, 128, 64.5)  # type: ignore[arg-type]
 
 
 def test_without_triton(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'triton>=3\.6'"):
-        choose_engine(CUDA, torch.bfloat16, 64)
+        choose_engine(CUDA, torch.bfloat16, (64, 64))
 
 
 def test_an_old_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,20 +86,20 @@ def test_an_old_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_device_that_no_gpu_engine_knows() -> None:
     with pytest.raises(ValueError, match=r"triton: runs on CUDA GPUs, not on mps"):
-        choose_engine(torch.device("mps"), torch.float32, 64)
+        choose_engine(torch.device("mps"), torch.float32, (64, 64))
 
 
 def test_by_name() -> None:
-    assert choose_engine(CPU, torch.float32, 64, "reference") is reference
+    assert choose_engine(CPU, torch.float32, (64, 64), "reference") is reference
     with pytest.raises(ValueError, match="engine='triton' was asked for, but triton runs on CUDA GPUs"):
-        choose_engine(CPU, torch.float32, 64, "triton")
+        choose_engine(CPU, torch.float32, (64, 64), "triton")
     with pytest.raises(ValueError, match=r"engine must be one of \[.*'reference'\], or None to choose, got 'fast'"):
-        choose_engine(CPU, torch.float32, 64, "fast")
+        choose_engine(CPU, torch.float32, (64, 64), "fast")
 
 
 def test_what_no_engine_takes() -> None:
     with pytest.raises(ValueError, match=r"reference: takes .*, not torch.float8_e5m2"):
-        choose_engine(CPU, torch.float8_e5m2, 8)
+        choose_engine(CPU, torch.float8_e5m2, (8, 8))
 
 
 def test_every_engine_has_a_line() -> None:
@@ -92,7 +111,7 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     engine_module._default_engine.cache_clear()
     with caplog.at_level(logging.DEBUG, "magi_attention"):
         for _ in range(2):
-            choose_engine(CPU, torch.float32, 48)
+            choose_engine(CPU, torch.float32, (48, 48))
     assert len(caplog.messages) == 1 and "reference: chosen" in caplog.text
 
 

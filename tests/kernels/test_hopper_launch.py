@@ -99,7 +99,7 @@ def run(mask: AttnMask, inputs: list[torch.Tensor], params: AttnParams = AttnPar
     schedule = hopper.schedule(mask.bands, mask.total_seqlen_q, mask.total_seqlen_k)
     out, lse, *_ = hopper.forward(q, k, v, schedule, params)
     hopper.forward(q, k, v, schedule, params, State(out, lse, out.float()))
-    grads = hopper.start_backward(out, q, lse, None, params)
+    grads = hopper.start_backward(out, q, lse, None, params, q.shape[2])
     hopper.backward(grads, q, k, v, schedule, params, BF16)
     hopper.finish_backward(grads, params, BF16)
 
@@ -176,7 +176,7 @@ def test_items_of_few_query_heads_where_windows_are_uneven(driver: FakeCudaDrive
     tokens = 128 * 16
     q, k, v = make_inputs(tokens, (48, 8))
     schedule, params = hopper.schedule(builders.causal(tokens).bands, tokens, tokens), AttnParams(1.0)
-    grads = hopper.start_backward(q.detach(), q, torch.zeros(48, tokens), None, params)
+    grads = hopper.start_backward(q.detach(), q, torch.zeros(48, tokens), None, params, q.shape[2])
     dk, dv = hopper.backward(grads, q, k, v, schedule, params, BF16)
     backward, finish_dk, finish_dv = list(driver.launches)[1:]
     assert backward.arguments["MEMBERS"] == 3 and backward.arguments["ADDS_UP"]
@@ -269,7 +269,7 @@ def test_strides_that_are_no_multiples_of_16(driver: FakeCudaDriver) -> None:
         q, k, v = make_inputs(75, (heads, heads), 8)
         out, lse, *_ = hopper.forward(q, k, v, schedule, params)
         assert last(driver, "forward_kernel").arguments["out"].rows.token_stride == heads * 8
-        hopper.start_backward(out, q, lse, None, params)
+        hopper.start_backward(out, q, lse, None, params, q.shape[2])
         assert last(driver, "start_kernel").arguments["dout"].token_stride == heads * 8
 
 

@@ -33,9 +33,14 @@ def test_named_masks(name: str, softcap: float) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(masks(max_seqlen=70), st.sampled_from([(1, 1), (3, 3), (4, 1), (6, 2)]), st.sampled_from([0.0, 0.7]))
-def test_generated_masks(mask: AttnMask, heads: tuple[int, int], softcap: float) -> None:
-    check_fp64(Problem.random(mask, heads=heads, head_dim=4, softcap=softcap))
+@given(
+    masks(max_seqlen=70),
+    st.sampled_from([(1, 1), (3, 3), (4, 1), (6, 2)]),
+    st.sampled_from([0.0, 0.7]),
+    st.sampled_from([4, 1, 7]),
+)
+def test_generated_masks(mask: AttnMask, heads: tuple[int, int], softcap: float, head_dim_v: int) -> None:
+    check_fp64(Problem.random(mask, heads=heads, head_dim=4, softcap=softcap, head_dim_v=head_dim_v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -43,6 +48,16 @@ def test_generated_masks(mask: AttnMask, heads: tuple[int, int], softcap: float)
 def test_low_precision_keeps_the_derived_bound(name: str, dtype: torch.dtype) -> None:
     problem = Problem.random(named_masks(411)[name], dtype=dtype, head_dim=32)
     check_bound(run_engine(ENGINE, problem), problem, run_dense(problem, dtype))
+
+
+@pytest.mark.parametrize("head_dim_v", [24, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_with_values_of_another_head_dim(dtype: torch.dtype, head_dim_v: int) -> None:
+    mask = named_masks(411)["varlen sliding window causal"]
+    problem = Problem.random(mask, dtype, head_dim=32, head_dim_v=head_dim_v).with_sink()
+    results = run_engine(ENGINE, problem)
+    assert [x.shape[2] for x in (results[0], *results[2:5])] == [head_dim_v, 32, 32, head_dim_v]
+    check_bound(results, problem, run_dense(problem, dtype))
 
 
 @pytest.mark.parametrize("heads_at_once", [1, 2])
@@ -75,9 +90,9 @@ def test_sinks_and_highest_scores(name: str, softcap: float) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(masks(max_seqlen=70), st.sampled_from([(1, 1), (3, 3), (4, 1), (6, 2)]))
-def test_sinks_and_highest_scores_of_generated_masks(mask: AttnMask, heads: tuple[int, int]) -> None:
-    check_fp64(Problem.random(mask, heads=heads, head_dim=4).with_sink())
+@given(masks(max_seqlen=70), st.sampled_from([(1, 1), (3, 3), (4, 1), (6, 2)]), st.sampled_from([4, 1, 7]))
+def test_sinks_and_highest_scores_of_generated_masks(mask: AttnMask, heads: tuple[int, int], head_dim_v: int) -> None:
+    check_fp64(Problem.random(mask, heads=heads, head_dim=4, head_dim_v=head_dim_v).with_sink())
 
 
 @pytest.mark.parametrize("sink_dtype", [torch.float32, None])
@@ -113,11 +128,12 @@ def test_a_sink_of_minus_infinity_is_none() -> None:
     assert not dsink.any()
 
 
+@pytest.mark.parametrize("head_dim_v", [8, 5, 12])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("bounds", [[115], [0, 70, 71]])
 @pytest.mark.parametrize("name", ["varlen causal", "holes", "prefix tree"])
-def test_parts_of_the_keys(name: str, bounds: list[int], sink: bool) -> None:
-    problem = Problem.random(named_masks(230)[name])
+def test_parts_of_the_keys(name: str, bounds: list[int], sink: bool, head_dim_v: int) -> None:
+    problem = Problem.random(named_masks(230)[name], head_dim_v=head_dim_v)
     problem = problem.with_sink() if sink else problem
     for actual, expected in zip(run_in_parts(ENGINE, problem, bounds), run_dense(problem), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
@@ -146,7 +162,9 @@ def test_rows_that_attend_nothing_ignore_their_gradient() -> None:
 
 @pytest.mark.parametrize(("rows", "keys"), [(0, 0), (0, 3), (3, 0), (1, 1)])
 def test_tiny_shapes(rows: int, keys: int) -> None:
-    check_fp64(Problem.random(AttnMask.from_slices([(0, rows)], [(0, keys)], "full", rows, keys)))
+    mask = AttnMask.from_slices([(0, rows)], [(0, keys)], "full", rows, keys)
+    for head_dim_v in (8, 3):
+        check_fp64(Problem.random(mask, head_dim_v=head_dim_v))
 
 
 @pytest.mark.parametrize("edge", [reference.BLOCK_Q, reference.BLOCK_K])
@@ -171,7 +189,7 @@ q = torch.randn(32768, 1, 16)
 schedule = reference.schedule(builders.sliding_window(32768, (255, 0)).bands, 32768, 32768)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out, lse, *_ = reference.forward(q, q, q, schedule, AttnParams(0.25))
-grads = reference.start_backward(out, out, lse, None, AttnParams(0.25))
+grads = reference.start_backward(out, out, lse, None, AttnParams(0.25), 16)
 reference.backward(grads, q, q, q, schedule, AttnParams(0.25))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -192,7 +210,7 @@ def test_result_types() -> None:
     narrow, lse, *_ = ENGINE.forward(q, k, v, schedule, params)
     assert wide.dtype == lse.dtype == torch.float32
     assert torch.equal(narrow, wide.bfloat16()) and torch.equal(wide_lse, lse)
-    grads = [ENGINE.start_backward(narrow, problem.dout, lse, problem.dlse, params) for _ in range(2)]
+    grads = [ENGINE.start_backward(narrow, problem.dout, lse, problem.dlse, params, q.shape[2]) for _ in range(2)]
     wide_kv = ENGINE.backward(grads[0], q, k, v, schedule, params)
     narrow_kv = ENGINE.backward(grads[1], q, k, v, schedule, params, torch.bfloat16)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(wide_kv, narrow_kv, strict=True))

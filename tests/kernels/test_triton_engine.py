@@ -26,10 +26,15 @@ CPU = torch.device("cpu")
 
 
 def make_problem(
-    mask: AttnMask, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, softcap: float = 0.0
+    mask: AttnMask,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    softcap: float = 0.0,
+    head_dim_v: int | None = None,
 ) -> Problem:
     """Numbers that every type holds."""
-    return Problem.random(mask, torch.bfloat16, heads, head_dim, softcap).cast(dtype)
+    return Problem.random(mask, torch.bfloat16, heads, head_dim, softcap, head_dim_v=head_dim_v).cast(dtype)
 
 
 def check(results: list[torch.Tensor], problem: Problem, plain_dtype: torch.dtype | None = None) -> None:
@@ -49,11 +54,11 @@ def test_named_masks_in_float32(run: Interpreter, name: str) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(mask=masks(56))
-def test_generated_masks(run: Interpreter, mask: AttnMask) -> None:
+@given(mask=masks(56), head_dim_v=st.sampled_from([16, 8, 24]))
+def test_generated_masks(run: Interpreter, mask: AttnMask, head_dim_v: int) -> None:
     # Tiles of float32 are the smallest. Where few cells are attended the plain formula in float32 can be exact by
     # chance, so that of bfloat16 is the measure here.
-    problem = make_problem(mask, (2, 1), 16, torch.float32)
+    problem = make_problem(mask, (2, 1), 16, torch.float32, head_dim_v=head_dim_v)
     check(run.run(run_engine, problem), problem, torch.bfloat16)
 
 
@@ -72,6 +77,26 @@ def test_generated_masks(run: Interpreter, mask: AttnMask) -> None:
 def test_dtypes_and_head_dims(run: Interpreter, dtype: torch.dtype, head_dim: int) -> None:
     problem = make_problem(builders.sliding_window([0, 1, 40, 170], (90, 0)), (2, 1), head_dim, dtype)
     check(run.run(run_engine, problem), problem)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "head_dim_v", "softcap"),
+    [
+        (torch.bfloat16, 192, 128, 0.0),
+        (torch.float16, 72, 40, 0.8),
+        (torch.bfloat16, 64, 128, 0.8),
+        (torch.float32, 40, 72, 0.0),
+        (torch.float32, 24, 8, 0.8),
+    ],
+)
+def test_values_of_another_head_dim(
+    run: Interpreter, dtype: torch.dtype, head_dim: int, head_dim_v: int, softcap: float
+) -> None:
+    mask = builders.sliding_window([0, 1, 40, 130], (70, 0))
+    problem = make_problem(mask, (3, 1), head_dim, dtype, softcap, head_dim_v).with_sink(torch.float32)
+    plain_dtype = torch.bfloat16 if dtype == torch.float32 else None
+    check(run.run(run_engine, problem), problem, plain_dtype)
+    check(run.run(run_in_parts, problem, [0, 64, 65]), problem, plain_dtype)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (8, 1), (12, 2), (9, 1), (17, 1)])
@@ -208,13 +233,15 @@ def test_strides(run: Interpreter) -> None:
         assert torch.equal(a, b)
 
 
-def test_nothing_outside_the_tensors_is_read(run: Interpreter) -> None:
+@pytest.mark.parametrize("head_dim_v", [24, 8])
+def test_nothing_outside_the_tensors_is_read(run: Interpreter, head_dim_v: int) -> None:
     def among_nan(x: torch.Tensor) -> torch.Tensor:
         wide = x.new_full((x.shape[0] + 64, x.shape[1] + 2, x.shape[2] + 16), torch.nan)
         inner = wide[32:-32, 1:-1, : x.shape[2]]
         return inner.copy_(x)
 
-    problem = make_problem(builders.sliding_window([0, 7, 45], (20, 0)), (3, 1), 24, torch.float32)
+    mask = builders.sliding_window([0, 7, 45], (20, 0))
+    problem = make_problem(mask, (3, 1), 24, torch.float32, head_dim_v=head_dim_v)
     hedged = replace(problem, **{name: among_nan(getattr(problem, name)) for name in ("q", "k", "v", "dout")})
     for a, b in zip(run.run(run_engine, problem), run.run(run_engine, hedged), strict=True):
         assert torch.equal(a, b)

@@ -175,15 +175,23 @@ CHEAP = CostModel(heads_q=2, heads_kv=1, head_dim=8, forward_tflops=1e-3, backwa
 
 
 @settings(max_examples=40, deadline=None)
-@given(masks(max_seqlen=96, square=True), st.integers(1, 5), st.integers(1, 16), st.integers(0, 3))
+@given(
+    masks(max_seqlen=96, square=True),
+    st.integers(1, 5),
+    st.integers(1, 16),
+    st.integers(0, 3),
+    st.sampled_from([None, 4, 20]),
+)
 def test_a_plan_takes_the_time_of_its_areas_and_rows(
-    mask: AttnMask, cp_size: int, chunk_size: int, degree: int
+    mask: AttnMask, cp_size: int, chunk_size: int, degree: int, head_dim_v: int | None
 ) -> None:
-    config = DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=4, cost_model=CHEAP))
+    model = replace(CHEAP, head_dim_v=head_dim_v)
+    dim, dim_v = CHEAP.head_dim, head_dim_v or CHEAP.head_dim
+    config = DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=4, cost_model=model))
     plan = plan_attention(mask, cp_size, chunk_size, config=config)
     timeline = predict_timeline(plan)
     ranks = [plan.rank(r) for r in range(cp_size)]
-    flops = 2.5 * 4 * CHEAP.heads_q * CHEAP.head_dim
+    flops = 2 * CHEAP.heads_q * (3 * dim + 2 * dim_v)
     for rank, times in zip(ranks, report_times(timeline.backward), strict=True):
         overhead = CHEAP.stage_overhead * sum(len(stage.bands) > 0 for stage in rank.stages)
         assert times.compute == pytest.approx(rank.area * flops / 2e9 + overhead)
@@ -193,8 +201,23 @@ def test_a_plan_takes_the_time_of_its_areas_and_rows(
         assert span.stage is not None
         collectives = [rank.stages[span.stage - 1].collective for rank in ranks]
         rows = max(max(c.num_recv_rows, c.num_send_rows) for c in collectives)
-        row_bytes = 2 * CHEAP.head_dim * (2 if span.name.startswith("cast") else 4)
+        row_bytes = (dim + dim_v) * (2 if span.name.startswith("cast") else 4)
         assert span.end - span.start == pytest.approx(CHEAP.latency + rows * row_bytes / CHEAP.bandwidth)
+
+
+def test_the_head_dim_of_values_is_that_of_keys_if_none_is_given() -> None:
+    plan = plan_attention(named_masks(256)["causal"], 4, 16)
+    same = predict_timeline(plan, replace(CHEAP, head_dim_v=CHEAP.head_dim))
+    assert predict_timeline(plan, CHEAP) == same != predict_timeline(plan, replace(CHEAP, head_dim_v=4))
+
+
+def test_forward_passes_of_values_of_another_head_dim() -> None:
+    """Half of the products are of values; results are read and written, and rows travel, as wide as they are."""
+    plan = plan_attention(named_masks(256)["causal"], 4, 16)
+    free = replace(CHEAP, latency=0, stage_overhead=0, head_dim_v=3 * CHEAP.head_dim)
+    twice = replace(free, head_dim=2 * CHEAP.head_dim, head_dim_v=None, hbm_bandwidth=2 / 3 * free.hbm_bandwidth)
+    ours, theirs = (predict_timeline(plan, model).forward.seconds for model in (free, twice))
+    assert ours == pytest.approx(theirs)
 
 
 def test_a_cost_model_of_ones_own() -> None:

@@ -38,17 +38,34 @@ def test_named_masks(rank_pool: RankPool, name: str, size: int) -> None:
     chunk_size=st.integers(1, 9),
     degree=st.integers(0, 3),
     alg=st.sampled_from([DispatchConfig(), DispatchConfig(MinHeapDispatchAlg())]),
+    head_dim_v=st.sampled_from([8, 3, 12]),
 )
 def test_generated_masks(
-    rank_pool: RankPool, mask: AttnMask, size: int, chunk_size: int, degree: int, alg: DispatchConfig
+    rank_pool: RankPool, mask: AttnMask, size: int, chunk_size: int, degree: int, alg: DispatchConfig, head_dim_v: int
 ) -> None:
     config = DistAttnConfig(alg, OverlapConfig(degree=degree, min_chunk_size=3))
-    check_fp64(rank_pool, size, Problem.random(mask, chunk_size=chunk_size, config=config))
+    check_fp64(rank_pool, size, Problem.random(mask, chunk_size=chunk_size, config=config, head_dim_v=head_dim_v))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 1), (8, 2)])
 def test_head_counts(rank_pool: RankPool, heads: tuple[int, int]) -> None:
     check_fp64(rank_pool, 2, Problem.random(named_masks(61)["varlen causal"], heads=heads, config=STAGED))
+
+
+@pytest.mark.parametrize("head_dim_v", [3, 12])
+@pytest.mark.parametrize("degree", [0, 1, 3])
+def test_values_of_another_head_dim(rank_pool: RankPool, degree: int, head_dim_v: int) -> None:
+    config = DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=5))
+    mask = named_masks(107)["varlen causal"]
+    check_fp64(rank_pool, 3, Problem.random(mask, softcap=1.5, config=config, head_dim_v=head_dim_v))
+
+
+@pytest.mark.parametrize("head_dim_v", [3, 12])
+@pytest.mark.parametrize("wire_dtype", ["float32", "input"])
+def test_values_of_another_head_dim_in_bfloat16(rank_pool: RankPool, wire_dtype: str, head_dim_v: int) -> None:
+    config = replace(STAGED, grad_wire_dtype=wire_dtype)
+    problem = Problem.random(named_masks(205)["causal"], torch.bfloat16, config=config, head_dim_v=head_dim_v)
+    check_bound(list(vars(attend_on_ranks(rank_pool, 3, problem)).values()), problem)
 
 
 def test_softcap_and_scale(rank_pool: RankPool) -> None:

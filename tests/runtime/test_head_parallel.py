@@ -104,12 +104,28 @@ def test_heads_of_any_shape_of_the_mesh(rank_pool: RankPool, heads: tuple[int, i
     st.integers(0, 3),
     st.sampled_from([(2, 1), (4, 2), (8, 2)]),
     st.booleans(),
+    st.sampled_from([8, 3, 12]),
 )
 def test_generated_masks(
-    rank_pool: RankPool, mask: AttnMask, chunk_size: int, degree: int, heads: tuple[int, int], has_sink: bool
+    rank_pool: RankPool,
+    mask: AttnMask,
+    chunk_size: int,
+    degree: int,
+    heads: tuple[int, int],
+    has_sink: bool,
+    head_dim_v: int,
 ) -> None:
-    problem = Problem.random(mask, chunk_size=chunk_size, heads=heads, config=by_heads(degree))
+    config = by_heads(degree)
+    problem = Problem.random(mask, chunk_size=chunk_size, heads=heads, config=config, head_dim_v=head_dim_v)
     check_fp64(rank_pool, (2, 2), problem.with_sink() if has_sink else problem)
+
+
+@pytest.mark.parametrize("head_dim_v", [3, 12])
+@pytest.mark.parametrize("heads", [(8, 4), (4, 1)])
+def test_values_of_another_head_dim(rank_pool: RankPool, heads: tuple[int, int], head_dim_v: int) -> None:
+    mask = named_masks(107)["varlen causal"]
+    problem = Problem.random(mask, heads=heads, config=by_heads(2), head_dim_v=head_dim_v)
+    check_fp64(rank_pool, (2, 2), problem.with_sink())
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2)])

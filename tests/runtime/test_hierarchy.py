@@ -92,9 +92,18 @@ def test_named_masks_on_six_ranks(six_ranks: RankPool, name: str, shape: Mesh) -
 
 
 @settings(max_examples=25, deadline=None)
-@given(masks(max_seqlen=70, square=True), st.integers(1, 9), st.integers(0, 3))
-def test_generated_masks_on_two_nodes_of_two(rank_pool: RankPool, mask: AttnMask, chunk_size: int, degree: int) -> None:
-    check_fp64(rank_pool, (2, 2), Problem.random(mask, chunk_size=chunk_size, config=config_of(degree)))
+@given(masks(max_seqlen=70, square=True), st.integers(1, 9), st.integers(0, 3), st.sampled_from([8, 3, 12]))
+def test_generated_masks_on_two_nodes_of_two(
+    rank_pool: RankPool, mask: AttnMask, chunk_size: int, degree: int, head_dim_v: int
+) -> None:
+    problem = Problem.random(mask, chunk_size=chunk_size, config=config_of(degree), head_dim_v=head_dim_v)
+    check_fp64(rank_pool, (2, 2), problem)
+
+
+@pytest.mark.parametrize("head_dim_v", [3, 12])
+def test_values_of_another_head_dim(rank_pool: RankPool, head_dim_v: int) -> None:
+    mask = named_masks(107)["varlen causal"]
+    check_fp64(rank_pool, (2, 2), Problem.random(mask, config=config_of(3), head_dim_v=head_dim_v))
 
 
 @settings(max_examples=10, deadline=None)

@@ -53,7 +53,7 @@ def attention_forward(
         module: The layer.
         query: ``(1, num_heads_q, local_seqlen, head_dim)``.
         key: ``(1, num_heads_kv, local_seqlen, head_dim)``.
-        value: Of ``key``'s shape.
+        value: ``(1, num_heads_kv, local_seqlen, head_dim_v)``.
         attention_mask: What :func:`describe_mask` returned.
         magi_keys: The keys of the batch, from :func:`dispatch_batch` by way of the model's keyword arguments.
         magi_positions: ``(1, local_seqlen)``, each row's position in its document; in models, ``position_ids`` do not
@@ -66,7 +66,7 @@ def attention_forward(
         **kwargs: What else the model passes along; nothing in it may change the result.
 
     Returns:
-        The output, ``(1, local_seqlen, num_heads_q, head_dim)``, and None for the weights.
+        The output, ``(1, local_seqlen, num_heads_q, head_dim_v)``, and None for the weights.
 
     Raises:
         TypeError: If the layer's mask was not made by :func:`describe_mask`.

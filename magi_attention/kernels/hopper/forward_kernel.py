@@ -158,7 +158,7 @@ def store_columns(
 def scaled(acc, weights):
     """Each row of some tiles times its weight."""
     weights = gl.convert_layout(weights, gl.SliceLayout(1, acc[0].type.layout))[:, None]
-    result = ()
+    result = acc[:0]
     for n in gl.static_range(len(acc)):
         result = result + (acc[n] * weights,)
     return result
@@ -217,7 +217,7 @@ def parts_of(tiles, number, PARTS: gl.constexpr):
     SHAPE: gl.constexpr = [tiles.shape[1], tiles.shape[3]]
     parts = ()
     for n in gl.static_range(PARTS):
-        parts = parts + (tiles.index(number * PARTS + n).reshape(SHAPE),)
+        parts = parts + (tiles.index(number * PARTS + n).reshape(SHAPE),)  # type: ignore[assignment]
     return parts
 
 
@@ -240,7 +240,7 @@ def multiply_values(p, v_ring, tile, acc):
     STAGES: gl.constexpr = v_ring.full.shape[0]
     mbarrier.wait(v_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
     v_parts = parts_of(v_ring.tiles, tile % STAGES, len(acc))
-    result = ()
+    result = acc[:0]
     for n in gl.static_range(len(acc)):
         result = result + (warpgroup_mma(p, v_parts[n], acc[n], is_async=True),)
     return result

@@ -1,7 +1,6 @@
 """From tensors and a schedule to the arguments of the kernels."""
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,8 @@ class BackwardShape(NamedTuple):
     block_q: int
 
 
-# By the dimensions of keys that are multiplied. Of 256, sums of 64 keys, dk and dv, fill the registers of two consumers.
+# By the dimensions of keys that are multiplied. Of 256, sums of 64 keys, dk and dv, fill the registers of two
+# consumers.
 BACKWARD_SHAPES = {
     64: BackwardShape(block_k=128, block_q=128),
     128: BackwardShape(block_k=128, block_q=64),

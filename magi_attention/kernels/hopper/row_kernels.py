@@ -110,7 +110,7 @@ def all_dims(dq: torch.Tensor) -> torch.Tensor:
 
 
 def launch_finish(sums: torch.Tensor, result: torch.Tensor, scale: float, shuffled: bool) -> None:
-    """``result`` from the sums of the backward kernel: times ``scale``, without the dimensions that a head does not have.
+    """``result`` from the sums of the backward kernel: times ``scale``, and only the dimensions that a head has.
 
     Sums of queries are ``shuffled``: their dimensions are put in order.
     """

@@ -16,6 +16,7 @@ import math
 
 import torch
 
+from magi_attention.kernels.head_dims import spell
 from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import Part, State
@@ -40,14 +41,16 @@ name = "triton"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
     """See :meth:`magi_attention.kernels.engine.Engine.refusal`."""
     if device.type != "cuda":
         return f"runs on CUDA GPUs, not on {device.type}"
     if dtype not in DTYPES:
         return f"takes bfloat16, float16 and float32, not {dtype}"
-    if head_dim > tuning.MAX_HEAD_DIM or head_dim % 8:
-        return f"takes a head_dim up to {tuning.MAX_HEAD_DIM} that is a multiple of 8, not {head_dim}"
+    if any(dim > tuning.MAX_HEAD_DIM or dim % 8 for dim in (head_dim, head_dim_v)):
+        return (
+            f"takes a head_dim up to {tuning.MAX_HEAD_DIM} that is a multiple of 8, not {spell(head_dim, head_dim_v)}"
+        )
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install 'triton>=3.6'"
     if not torch.cuda.is_available():
@@ -77,7 +80,7 @@ def forward(
 
     launch, part = Launch.of(q, k, v, schedule, params), schedule.part
     if state is None:
-        state = State.empty(q, part, params.return_max_logits)
+        state = State.empty(q, v.shape[2], part, params.return_max_logits)
         launch_forward(launch, state, sink, merge=False)
         return state
     assert part is not None
@@ -95,6 +98,7 @@ def start_backward(
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     params: AttnParams,
+    head_dim: int,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.engine.Engine.start_backward`.
 
@@ -103,7 +107,7 @@ def start_backward(
     """
     from magi_attention.kernels.triton.backward_kernels import launch_start
 
-    return launch_start(out, torch.zeros_like(out) if dout is None else dout, lse, dlse)
+    return launch_start(out, torch.zeros_like(out) if dout is None else dout, lse, dlse, head_dim)
 
 
 def backward(

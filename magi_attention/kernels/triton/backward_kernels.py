@@ -30,11 +30,13 @@ START_ROWS = 32
 """Queries of a program of the starting kernel, which does little more than read and write memory."""
 
 
-def launch_start(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None) -> QueryGrads:
+def launch_start(
+    out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, head_dim: int
+) -> QueryGrads:
     """See :func:`magi_attention.kernels.triton.start_backward`."""
-    num_rows, heads, head_dim = out.shape
+    num_rows, heads, head_dim_v = out.shape
     lse_base_2, delta = (torch.empty(heads, num_rows, dtype=torch.float32, device=out.device) for _ in range(2))
-    dq = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    dq = torch.empty(num_rows, heads, head_dim, dtype=torch.float32, device=out.device)
     lse, dout_rows = lse.contiguous(), as_unit_rows(dout)
     if num_rows:
         start_kernel[triton.cdiv(num_rows, START_ROWS), heads](
@@ -47,7 +49,9 @@ def launch_start(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse:
             as_unit_rows(dq),
             num_rows,
             HEAD_DIM=head_dim,
+            HEAD_DIM_V=head_dim_v,
             BLOCK_D=block_of(head_dim),
+            BLOCK_DV=block_of(head_dim_v),
             ROWS=START_ROWS,
             HAS_DLSE=dlse is not None,
             num_warps=4,
@@ -107,7 +111,9 @@ def start_kernel(
     dq,
     num_rows,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
@@ -121,8 +127,8 @@ def start_kernel(
     entry = tl.cast(head, tl.int64) * num_rows + token
     row_lse = tl.load(lse + entry, mask=valid, other=float("-inf"))
     attends = row_lse != float("-inf")
-    out_tile = load_valid_rows(pointers(out, token, head, BLOCK_D), attends, HEAD_DIM, BLOCK_D).to(tl.float32)
-    dout_tile = load_valid_rows(pointers(dout, token, head, BLOCK_D), attends, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out_tile = load_valid_rows(pointers(out, token, head, BLOCK_DV), attends, HEAD_DIM_V, BLOCK_DV).to(tl.float32)
+    dout_tile = load_valid_rows(pointers(dout, token, head, BLOCK_DV), attends, HEAD_DIM_V, BLOCK_DV).to(tl.float32)
     row_delta = tl.sum(out_tile * dout_tile, 1)
     if HAS_DLSE:
         row_delta -= tl.load(dlse + entry, mask=attends, other=0.0)
@@ -146,7 +152,9 @@ def dq_kernel(
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -156,10 +164,10 @@ def dq_kernel(
     token, head, head_kv, valid = packed_rows(first, end, GROUP, PACKED, ROWS)
     row_lse, row_delta, attends = load_row_terms(lse, delta, head.to(tl.int64) * walk.num_rows + token, valid)
     q_tile = load_valid_rows(pointers(q, token, head, BLOCK_D), valid, HEAD_DIM, BLOCK_D)
-    dout_tile = load_valid_rows(pointers(dout, token, head, BLOCK_D), attends, HEAD_DIM, BLOCK_D)
+    dout_tile = load_valid_rows(pointers(dout, token, head, BLOCK_DV), attends, HEAD_DIM_V, BLOCK_DV)
     interval_start, interval_end = load_interval(walk, 0, token, valid)
     column = tl.arange(0, COLS)
-    k_pointers, v_pointers = pointers(k, column, head_kv, BLOCK_D), pointers(v, column, head_kv, BLOCK_D)
+    k_pointers, v_pointers = pointers(k, column, head_kv, BLOCK_D), pointers(v, column, head_kv, BLOCK_DV)
 
     dq_pointers = pointers(dq, token, head, BLOCK_D)
     dq_tile = load_valid_rows(dq_pointers, valid, HEAD_DIM, BLOCK_D)
@@ -167,7 +175,7 @@ def dq_kernel(
         run_start, full_end, run_end = load_run_record(walk, run)
         for start in range(run_start, full_end, COLS):
             k_tile = load_rows(k_pointers + advance(k, start), HEAD_DIM, BLOCK_D)
-            v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM, BLOCK_D)
+            v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM_V, BLOCK_DV)
             products = bounded_products(q_tile, k_tile, scales, SOFTCAP)
             probs = tl.exp2(products * scales.score - row_lse[:, None])
             dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
@@ -176,7 +184,7 @@ def dq_kernel(
         for start in range(full_end, run_end, COLS):
             inside = start + column < run_end
             k_tile = load_valid_rows(k_pointers + advance(k, start), inside, HEAD_DIM, BLOCK_D)
-            v_tile = load_valid_rows(v_pointers + advance(v, start), inside, HEAD_DIM, BLOCK_D)
+            v_tile = load_valid_rows(v_pointers + advance(v, start), inside, HEAD_DIM_V, BLOCK_DV)
             products = bounded_products(q_tile, k_tile, scales, SOFTCAP)
             mask = tile_mask(walk, token, valid, interval_start, interval_end, num_layers, start + column, LAYERED)
             probs = tl.exp2(tl.where(mask, products * scales.score - row_lse[:, None], float("-inf")))
@@ -201,7 +209,9 @@ def dkdv_kernel(
     num_queries,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -213,21 +223,21 @@ def dkdv_kernel(
     key = first + tl.arange(0, ROWS)
     valid = key < end
     k_tile = load_valid_rows(pointers(k, key, head_kv, BLOCK_D), valid, HEAD_DIM, BLOCK_D)
-    v_tile = load_valid_rows(pointers(v, key, head_kv, BLOCK_D), valid, HEAD_DIM, BLOCK_D)
+    v_tile = load_valid_rows(pointers(v, key, head_kv, BLOCK_DV), valid, HEAD_DIM_V, BLOCK_DV)
     interval_start, interval_end = load_interval(walk, 0, key, valid)
     column = tl.arange(0, COLS)
 
     dk_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    dv_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     for head in range(head_kv * GROUP, (head_kv + 1) * GROUP):
-        q_pointers, dout_pointers = pointers(q, column, head, BLOCK_D), pointers(dout, column, head, BLOCK_D)
+        q_pointers, dout_pointers = pointers(q, column, head, BLOCK_D), pointers(dout, column, head, BLOCK_DV)
         head_lse = lse + tl.cast(head, tl.int64) * num_queries
         head_delta = delta + tl.cast(head, tl.int64) * num_queries
         for run in range(first_run, end_run):
             run_start, full_end, run_end = load_run_record(walk, run)
             for start in range(run_start, full_end, COLS):
                 q_tile = load_rows(q_pointers + advance(q, start), HEAD_DIM, BLOCK_D)
-                dout_tile = load_rows(dout_pointers + advance(dout, start), HEAD_DIM, BLOCK_D)
+                dout_tile = load_rows(dout_pointers + advance(dout, start), HEAD_DIM_V, BLOCK_DV)
                 products = bounded_products(k_tile, q_tile, scales, SOFTCAP)
                 probs = tl.exp2(products * scales.score - tl.load(head_lse + start + column)[None, :])
                 dv_tile = tl.dot(probs.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
@@ -240,7 +250,7 @@ def dkdv_kernel(
                 inside = start + column < run_end
                 query_lse, query_delta, attends = load_row_terms(head_lse + start, head_delta + start, column, inside)
                 q_tile = load_valid_rows(q_pointers + advance(q, start), inside, HEAD_DIM, BLOCK_D)
-                dout_tile = load_valid_rows(dout_pointers + advance(dout, start), attends, HEAD_DIM, BLOCK_D)
+                dout_tile = load_valid_rows(dout_pointers + advance(dout, start), attends, HEAD_DIM_V, BLOCK_DV)
                 products = bounded_products(k_tile, q_tile, scales, SOFTCAP)
                 mask = tile_mask(walk, key, valid, interval_start, interval_end, num_layers, start + column, LAYERED)
                 probs = tl.exp2(tl.where(mask, products * scales.score - query_lse[None, :], float("-inf")))
@@ -249,7 +259,7 @@ def dkdv_kernel(
                 dproducts = product_gradients(products, probs, dprobs - query_delta[None, :], SOFTCAP)
                 dk_tile = tl.dot(dproducts.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
     store_valid_rows(pointers(dk, key, head_kv, BLOCK_D), dk_tile * scales.product, valid, HEAD_DIM, BLOCK_D)
-    store_valid_rows(pointers(dv, key, head_kv, BLOCK_D), dv_tile, valid, HEAD_DIM, BLOCK_D)
+    store_valid_rows(pointers(dv, key, head_kv, BLOCK_DV), dv_tile, valid, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit

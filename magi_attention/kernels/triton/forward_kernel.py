@@ -64,7 +64,9 @@ def forward_kernel(
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -76,27 +78,27 @@ def forward_kernel(
     q_tile = load_valid_rows(pointers(q, token, head, BLOCK_D), valid, HEAD_DIM, BLOCK_D)
     interval_start, interval_end = load_interval(walk, 0, token, valid)
     column = tl.arange(0, COLS)
-    k_pointers, v_pointers = pointers(k, column, head_kv, BLOCK_D), pointers(v, column, head_kv, BLOCK_D)
-    out_pointers = pointers(out, token, head, BLOCK_D)
+    k_pointers, v_pointers = pointers(k, column, head_kv, BLOCK_D), pointers(v, column, head_kv, BLOCK_DV)
+    out_pointers = pointers(out, token, head, BLOCK_DV)
     lse_pointers = lse + head.to(tl.int64) * walk.num_rows + token
 
     top = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    out_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    out_tile = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     if MERGE:
         # A softmax over other keys goes on where it ended: its total is 1 when its highest score is its log-sum-exp.
         earlier_lse = tl.load(lse_pointers, mask=valid, other=float("-inf"))
         attended = earlier_lse != float("-inf")
         top = tl.where(attended, earlier_lse * LOG2_E, LOWEST)
         total = tl.where(attended, 1.0, 0.0)
-        out_tile = load_valid_rows(out_pointers, attended, HEAD_DIM, BLOCK_D)
+        out_tile = load_valid_rows(out_pointers, attended, HEAD_DIM_V, BLOCK_DV)
     earlier_top, earlier_total = top, total
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     for run in range(first_run, end_run):
         run_start, full_end, run_end = load_run_record(walk, run)
         for start in range(run_start, full_end, COLS):
             k_tile = load_rows(k_pointers + advance(k, start), HEAD_DIM, BLOCK_D)
-            v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM, BLOCK_D)
+            v_tile = load_rows(v_pointers + advance(v, start), HEAD_DIM_V, BLOCK_DV)
             products = bounded_products(q_tile, k_tile, scales, SOFTCAP)
             if row_max is not None:
                 highest = tl.maximum(highest, tl.max(products, 1))
@@ -104,7 +106,7 @@ def forward_kernel(
         for start in range(full_end, run_end, COLS):
             inside = start + column < run_end
             k_tile = load_valid_rows(k_pointers + advance(k, start), inside, HEAD_DIM, BLOCK_D)
-            v_tile = load_valid_rows(v_pointers + advance(v, start), inside, HEAD_DIM, BLOCK_D)
+            v_tile = load_valid_rows(v_pointers + advance(v, start), inside, HEAD_DIM_V, BLOCK_DV)
             products = bounded_products(q_tile, k_tile, scales, SOFTCAP)
             mask = tile_mask(walk, token, valid, interval_start, interval_end, num_layers, start + column, LAYERED)
             products = tl.where(mask, products, float("-inf"))
@@ -120,7 +122,7 @@ def forward_kernel(
     if sink is not None:
         row_lse, share = join_sink(row_lse, tl.load(sink + head, mask=valid, other=0.0))
         out_tile *= share[:, None]
-    store_valid_rows(out_pointers, out_tile / total[:, None], valid, HEAD_DIM, BLOCK_D)
+    store_valid_rows(out_pointers, out_tile / total[:, None], valid, HEAD_DIM_V, BLOCK_DV)
     tl.store(lse_pointers, row_lse, mask=valid)
     if row_max is not None:
         highest = highest * scales.score / LOG2_E

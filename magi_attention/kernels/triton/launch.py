@@ -24,7 +24,8 @@ class Launch:
         v: Values.
         heads_kv: Heads of the keys.
         group: Query heads for each of them.
-        head_dim: The last dimension of the tensors.
+        head_dim: The last dimension of queries and keys.
+        head_dim_v: The last dimension of values.
         schedule: The mask.
         scales: How scores are made of products.
         softcap: Whether a ``tanh`` is among that.
@@ -38,6 +39,7 @@ class Launch:
     heads_kv: int
     group: int
     head_dim: int
+    head_dim_v: int
     schedule: LazySchedule
     scales: Scales
     softcap: bool
@@ -57,10 +59,11 @@ class Launch:
             heads_kv=heads_kv,
             group=q.shape[1] // heads_kv,
             head_dim=head_dim,
+            head_dim_v=v.shape[2],
             schedule=schedule,
             scales=Scales.of(params),
             softcap=params.softcap != 0,
-            shapes=choose(head_dim, q.dtype, q.device),
+            shapes=choose(max(head_dim, v.shape[2]), q.dtype, q.device),
             device=q.device,
         )
 
@@ -87,7 +90,9 @@ class Launch:
         return dict(
             GROUP=self.group,
             HEAD_DIM=self.head_dim,
+            HEAD_DIM_V=self.head_dim_v,
             BLOCK_D=block_of(self.head_dim),
+            BLOCK_DV=block_of(self.head_dim_v),
             ROWS=shape.rows,
             COLS=shape.cols,
             SOFTCAP=self.softcap,

@@ -23,7 +23,7 @@ RUN_END = tl.constexpr(records.RUN_END)
 RUN_SIZE = tl.constexpr(records.RUN_SIZE)
 
 UNIT = tl.constexpr(8)
-"""What a head_dim and strides are multiples of. The compiler knows it, so that loads are of eight elements."""
+"""What head_dims and strides are multiples of. The compiler knows it, so that loads are of eight elements."""
 
 
 class UnitRows(NamedTuple):

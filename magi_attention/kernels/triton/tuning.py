@@ -63,7 +63,7 @@ _FLOAT32 = {
 
 
 def choose(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
-    """The tile shapes for heads of ``head_dim``, at most 256, on ``device``."""
+    """The tile shapes for heads of ``head_dim``, the largest there is and at most 256, on ``device``."""
     if dtype == torch.float32:
         table = _FLOAT32
     else:
