@@ -20,7 +20,7 @@ from magi_attention.kernels import hopper
 from magi_attention.kernels.hopper import launch, row_kernels
 
 NUM_MULTIPROCESSORS = 132
-LAUNCHERS = launch._forward, launch._backward, row_kernels._start, row_kernels._finish
+LAUNCHERS = launch._forward, launch._backward, launch._wide_backward, row_kernels._start, row_kernels._finish
 
 
 class Launch(NamedTuple):

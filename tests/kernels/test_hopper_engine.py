@@ -38,9 +38,10 @@ def make_problem(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     softcap: float = 0.0,
+    head_dim_v: int | None = None,
 ) -> Problem:
     """Numbers that both types hold."""
-    return Problem.random(mask, torch.bfloat16, heads, head_dim, softcap).cast(dtype)
+    return Problem.random(mask, torch.bfloat16, heads, head_dim, softcap, head_dim_v=head_dim_v).cast(dtype)
 
 
 def documents(lengths: list[int], causal: bool = False) -> AttnMask:
@@ -65,10 +66,10 @@ def test_many_tiles(engine: EmulatedEngine, name: str, head_dim: int) -> None:
     seed=st.integers(0, 1 << 32),
     mask=masks(160),
     heads=st.sampled_from([(2, 1), (1, 1)]),
-    head_dim=st.sampled_from([64, 128, 192, 256]),
+    head_dims=st.sampled_from([(64, 64), (128, 128), (192, 192), (256, 256), (192, 128), (64, 128)]),
 )
-def test_generated_masks(seed: int, mask: AttnMask, heads: tuple[int, int], head_dim: int) -> None:
-    problem = make_problem(mask, heads, head_dim)
+def test_generated_masks(seed: int, mask: AttnMask, heads: tuple[int, int], head_dims: tuple[int, int]) -> None:
+    problem = make_problem(mask, heads, head_dims[0], head_dim_v=head_dims[1])
     check_bound(run_engine(EmulatedEngine(seed, 2), problem), problem)
 
 
@@ -195,12 +196,12 @@ def test_query_heads_and_queries_of_an_item(
 
 
 @pytest.mark.parametrize("name", ["varlen causal", SEVERAL])
-@pytest.mark.parametrize("head_dim", [192, 256])
+@pytest.mark.parametrize("head_dims", [(192, 192), (192, 128), (256, 256)])
 @pytest.mark.parametrize("items", [(1, None), (3, None), (1, 1)])
 def test_query_heads_and_queries_of_an_item_of_large_head_dims(
-    engine: EmulatedEngine, name: str, head_dim: int, items: tuple[int, int | None]
+    engine: EmulatedEngine, name: str, head_dims: tuple[int, int], items: tuple[int, int | None]
 ) -> None:
-    problem = make_problem(named_masks(150)[name], (6, 1), head_dim)
+    problem = make_problem(named_masks(150)[name], (6, 1), head_dims[0], head_dim_v=head_dims[1])
     members, most_tiles = items
     groups = (1, 2, 3) if members == 1 else (2,)
     engine.work.DeviceWalk.backward_items = lambda *args: Items(members, groups, most_tiles)
@@ -235,6 +236,36 @@ def test_parts_of_the_keys_of_large_head_dims(
 ) -> None:
     problem = make_problem(named_masks(200)[name], heads, head_dim)
     problem = problem.with_sink() if sink else problem
+    check_bound(run_in_parts(engine, problem, [0, 64, 150]), problem)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dims", "heads", "softcap"),
+    [
+        (torch.bfloat16, (192, 128), (2, 2), 0.0),
+        (torch.float16, (192, 128), (6, 2), 0.8),
+        (torch.bfloat16, (192, 64), (3, 1), 0.0),
+        (torch.bfloat16, (128, 192), (2, 1), 0.0),
+        (torch.bfloat16, (256, 128), (3, 1), 0.0),
+        (torch.float16, (136, 256), (2, 1), 0.0),
+        (torch.bfloat16, (256, 160), (2, 1), 0.0),
+        (torch.bfloat16, (128, 64), (4, 2), 0.8),
+        (torch.bfloat16, (64, 128), (3, 1), 0.0),
+        (torch.float16, (40, 72), (4, 2), 0.0),
+    ],
+)
+@pytest.mark.parametrize("name", ["varlen causal", SEVERAL])
+def test_values_of_another_head_dim(
+    engine: EmulatedEngine,
+    name: str,
+    dtype: torch.dtype,
+    head_dims: tuple[int, int],
+    heads: tuple[int, int],
+    softcap: float,
+) -> None:
+    head_dim, head_dim_v = head_dims
+    problem = make_problem(named_masks(200)[name], heads, head_dim, dtype, softcap, head_dim_v).with_sink()
+    check_bound(run_engine(engine, problem), problem)
     check_bound(run_in_parts(engine, problem, [0, 64, 150]), problem)
 
 
@@ -310,10 +341,10 @@ def test_fewer_heads_at_a_time_than_there_are(engine: EmulatedEngine) -> None:
     check_bound(run_engine(engine, problem), problem)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_results_do_not_depend_on_who_is_faster(head_dim: int) -> None:
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_results_do_not_depend_on_who_is_faster(head_dims: tuple[int, int]) -> None:
     """Of those results that are not added up in memory, every bit; and nobody is in anybody's way."""
-    problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dim)
+    problem = make_problem(named_masks(300)[SEVERAL], head_dim=head_dims[0], head_dim_v=head_dims[1])
     engines = [EmulatedEngine(seed, 2) for seed in range(8)]
     for engine in engines:
         engine.work.DeviceWalk.backward_items = lambda walk, heads_kv, group, *args: Items(group, (1,) * heads_kv)

@@ -89,8 +89,11 @@ def type_of(x: Any, as_compiled: Any) -> Any:
     return "fp32" if isinstance(x, float) else "i32" if -(2**31) <= x < 2**31 else "i64"
 
 
-def make_inputs(tokens: int, heads: tuple[int, int] = (4, 2), head_dim: int = 64) -> list[torch.Tensor]:
-    return [torch.zeros(tokens, n, head_dim, dtype=BF16) for n in (heads[0], heads[1], heads[1])]
+def make_inputs(
+    tokens: int, heads: tuple[int, int] = (4, 2), head_dim: int = 64, head_dim_v: int | None = None
+) -> list[torch.Tensor]:
+    sizes = (heads[0], head_dim), (heads[1], head_dim), (heads[1], head_dim_v or head_dim)
+    return [torch.zeros(tokens, *size, dtype=BF16) for size in sizes]
 
 
 def run(mask: AttnMask, inputs: list[torch.Tensor], params: AttnParams = AttnParams(1.0)) -> None:  # noqa: B008
@@ -99,7 +102,7 @@ def run(mask: AttnMask, inputs: list[torch.Tensor], params: AttnParams = AttnPar
     schedule = hopper.schedule(mask.bands, mask.total_seqlen_q, mask.total_seqlen_k)
     out, lse, *_ = hopper.forward(q, k, v, schedule, params)
     hopper.forward(q, k, v, schedule, params, State(out, lse, out.float()))
-    grads = hopper.start_backward(out, q, lse, None, params, q.shape[2])
+    grads = hopper.start_backward(out, out, lse, None, params, q.shape[2])
     hopper.backward(grads, q, k, v, schedule, params, BF16)
     hopper.finish_backward(grads, params, BF16)
 
@@ -131,7 +134,7 @@ def test_one_call(driver: FakeCudaDriver) -> None:
     walk = arguments["walk"]
     assert (walk.num_windows, walk.heads, walk.num_items) == (5, 2, 10) and len(walk.windows) == 5
     assert arguments["scales"].product == 0.5
-    assert (arguments["GROUP"], arguments["PACK"], arguments["HEAD_DIM"]) == (2, 2, 64)
+    assert (arguments["GROUP"], arguments["PACK"], arguments["HEAD_DIM_V"]) == (2, 2, 64)
     assert not (arguments["PART"] or arguments["SOFTCAP"] or arguments["LAYERED"])
 
     arguments = backward.arguments
@@ -145,29 +148,60 @@ def test_one_call(driver: FakeCudaDriver) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dim", "block_k"), [(64, 64, 128), (72, 128, 128), (136, 256, 64), (256, 256, 64)]
+    ("head_dims", "block_k", "k_tile", "v_tile"),
+    [
+        ((64, 64), 128, (1, 64), (1, 64)),
+        ((72, 72), 128, (1, 128), (1, 128)),
+        ((136, 136), 64, (3, 64), (3, 64)),
+        ((256, 256), 64, (1, 256), (1, 256)),
+        ((192, 128), 128, (3, 64), (1, 128)),
+        ((128, 192), 64, (1, 128), (3, 64)),
+    ],
 )
-def test_tiles_of_a_head_dim(driver: FakeCudaDriver, head_dim: int, dim: int, block_k: int) -> None:
-    q, k, v = make_inputs(300, (2, 1), head_dim)
+def test_tiles_of_head_dims(
+    driver: FakeCudaDriver,
+    head_dims: tuple[int, int],
+    block_k: int,
+    k_tile: tuple[int, int],
+    v_tile: tuple[int, int],
+) -> None:
+    """How many lie side by side, and how wide they are."""
+    q, k, v = make_inputs(300, (2, 1), *head_dims)
     hopper.forward(q, k, v, hopper.schedule(builders.full(300).bands, 300, 300), AttnParams(1.0))
     arguments = last(driver, "forward_kernel").arguments
-    assert arguments["q_desc"].block_shape == [64, 1, dim] and arguments["HEAD_DIM"] == head_dim
-    assert arguments["k_desc"].block_shape == arguments["v_desc"].block_shape == [block_k, 1, dim]
+    assert (arguments["K_PARTS"], arguments["V_PARTS"], arguments["HEAD_DIM_V"]) == (k_tile[0], v_tile[0], head_dims[1])
+    assert arguments["q_desc"].block_shape == [64, 1, k_tile[1]]
+    assert arguments["k_desc"].block_shape == [block_k, 1, k_tile[1]]
+    assert arguments["v_desc"].block_shape == [block_k, 1, v_tile[1]]
+    assert v_tile[1] % arguments["out_desc"].block_shape[2] == 0
     assert arguments["walk"].windows[:, WINDOW_TILES].tolist() == [-(-300 // block_k)] * 5
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "block_k", "block_q", "columns"),
-    [(72, 128, 64, 128), (136, 64, 64, 128)],
+    ("head_dims", "dims", "block_k", "block_q", "columns"),
+    [
+        ((72, 72), (128, 128), 128, 64, (128, 128)),
+        ((136, 136), (192, 192), 64, 64, (128, 128)),
+        ((192, 128), (192, 128), 64, 64, (128, 64)),
+    ],
 )
-def test_backward_tiles_of_a_head_dim(
-    driver: FakeCudaDriver, head_dim: int, block_k: int, block_q: int, columns: int
+def test_backward_tiles_of_head_dims(
+    driver: FakeCudaDriver,
+    head_dims: tuple[int, int],
+    dims: tuple[int, int],
+    block_k: int,
+    block_q: int,
+    columns: tuple[int, int],
 ) -> None:
-    run(builders.full(300), make_inputs(300, (2, 1), head_dim))
-    arguments = last(driver, "wide_backward_kernel" if head_dim > 128 else "backward_kernel").arguments
-    assert arguments["q_desc"].block_shape == arguments["dout_desc"].block_shape == [block_q, 1, columns]
-    for name in ("k_desc", "v_desc", "dk_desc", "dv_desc"):
-        assert arguments[name].block_shape == [64, 1, columns]
+    run(builders.full(300), make_inputs(300, (2, 1), *head_dims))
+    arguments = last(driver, "wide_backward_kernel" if dims[0] > 128 else "backward_kernel").arguments
+    assert (arguments["HEAD_DIM"], arguments["HEAD_DIM_V"]) == head_dims
+    assert (arguments["DIM"], arguments["DIM_V"]) == dims
+    assert arguments["q_desc"].block_shape == [block_q, 1, columns[0]]
+    assert arguments["dout_desc"].block_shape == [block_q, 1, columns[1]]
+    assert arguments["k_desc"].block_shape == [64, 1, columns[0]]
+    for name in ("v_desc", "dk_desc", "dv_desc"):
+        assert arguments[name].block_shape == [64, 1, columns[1]]
     assert arguments["lse_desc"].block_shape == arguments["delta_desc"].block_shape == [block_q]
     assert arguments["walk"].windows[:, WINDOW_TILES].tolist() == [-(-300 // block_q)] * -(-300 // block_k)
 
