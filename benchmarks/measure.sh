@@ -43,6 +43,8 @@ one)
     on 1 170 heads "${flex[@]}" --budget 150 --heads 64:8 16:16 --seqlens 8192 --masks "${some[@]}" --deterministic \
         --out "$out/heads"
     on 2 170 long "${flex[@]}" --budget 150 --seqlens 131072 --masks "pack magi" "sliding window" causal full --out "$out/long"
+    on 3 90 latent "${flex[@]}" --budget 70 --head-dims 192:128 --heads 16:16 --seqlens 8192 --masks full causal "varlen causal" \
+        --out "$out/latent"
     on 3 170 scale python3 benchmarks/emulate_scale.py --masks causal "varlen causal" --cp-sizes 8 64 16 32 --packs 2 --ranks 2 \
         --budget 150 --out "$out/scale"
     wait

@@ -16,18 +16,19 @@ from magi_attention.testing.mask_zoo import named_masks
 
 MASKS = ("causal", "varlen causal", "several intervals a row", "nothing")
 SEQLEN = 203  # a multiple of nothing
+HEAD_DIMS = (64, 64), (128, 128), (192, 192), (256, 256), (192, 128)
 
 
 def main() -> None:
     """Every engine for this GPU, forward and backward, whole and in two parts of the keys."""
     for engine in ENGINES:
-        for head_dim in (64, 128, 256):
-            if engine.refusal(torch.device("cuda", 0), torch.bfloat16, head_dim, head_dim) is not None:
+        for head_dim, head_dim_v in HEAD_DIMS:
+            if engine.refusal(torch.device("cuda", 0), torch.bfloat16, head_dim, head_dim_v) is not None:
                 continue
             for name in MASKS:
                 bands = named_masks(SEQLEN)[name].bands
-                q, dout = torch.randn(2, SEQLEN, 12, head_dim, dtype=torch.bfloat16, device="cuda")
-                k, v = torch.randn(2, SEQLEN, 2, head_dim, dtype=torch.bfloat16, device="cuda")
+                sizes = (12, head_dim), (12, head_dim_v), (2, head_dim), (2, head_dim_v)
+                q, dout, k, v = (torch.randn(SEQLEN, *x, dtype=torch.bfloat16, device="cuda") for x in sizes)
                 params = AttnParams(head_dim**-0.5)
                 schedule = engine.schedule(bands, SEQLEN, SEQLEN)
                 goes_on = Part(np.arange(SEQLEN) % 2 == 0)
@@ -40,7 +41,7 @@ def main() -> None:
                 engine.backward(grads, q, k, v, schedule, params, k.dtype)
                 engine.finish_backward(grads, params, q.dtype)
                 torch.cuda.synchronize()
-                print(engine.name, head_dim, name, flush=True)
+                print(engine.name, head_dim, head_dim_v, name, flush=True)
 
 
 if __name__ == "__main__":
