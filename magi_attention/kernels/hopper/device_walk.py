@@ -9,6 +9,7 @@ import torch
 from magi_attention.kernels.hopper.backward_items import Items, backward_items
 from magi_attention.kernels.hopper.batches import cut_batches
 from magi_attention.kernels.hopper.records import WINDOW_TILES
+from magi_attention.kernels.hopper.turns import heads_side_by_side
 from magi_attention.kernels.hopper.walk import Walk, build_walk, cut_long_windows
 from magi_attention.kernels.lazy_schedule import MaskView, copy_to_device
 
@@ -49,6 +50,7 @@ class DeviceWalk:
         default_factory=dict, init=False, repr=False
     )
     _items: dict[tuple[int, int, int, float], Items] = field(default_factory=dict, init=False, repr=False)
+    _heads: dict[tuple[int, int, int, int], int] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def copy(cls, walk: Walk, device: torch.device) -> "DeviceWalk":
@@ -75,6 +77,14 @@ class DeviceWalk:
             batches = cut_batches(self.walk.windows[:num_windows, WINDOW_TILES], groups, most_tiles, programs)
             self._batches[cut] = copy_to_device(batches, self.windows.device)
         return self._batches[cut]
+
+    def heads_side_by_side(self, num_windows: int, heads: int, all_heads: int, programs: int) -> int:
+        """:func:`~magi_attention.kernels.hopper.turns.heads_side_by_side` of the first windows."""
+        cut = num_windows, heads, all_heads, programs
+        if cut not in self._heads:
+            tiles = self.walk.windows[:num_windows, WINDOW_TILES]
+            self._heads[cut] = heads_side_by_side(tiles, heads, all_heads, programs)
+        return self._heads[cut]
 
     def backward_items(self, heads_kv: int, group: int, programs: int, cached: float) -> Items:
         """:func:`~magi_attention.kernels.hopper.backward_items.backward_items` of the walk."""

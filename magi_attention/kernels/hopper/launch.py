@@ -143,6 +143,7 @@ def launch_forward(
     if params.yields:  # programs that go on and on let nobody else in until they end
         args = batch_args(walk, num_windows, (heads,) * (all_heads // heads), FORWARD_BATCH, programs)
     else:
+        heads = walk.heads_side_by_side(num_windows, heads, all_heads, programs)
         args = turn_args(walk, num_windows, heads, all_heads)
     _forward(
         grid(args, programs),
