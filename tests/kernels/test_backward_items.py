@@ -73,6 +73,14 @@ def test_the_last_group_of_heads_is_large_where_windows_differ() -> None:
     assert items(windows(*range(2, 34, 2)), 8, 8).groups[-1] > 12, "few windows: nearly all heads at once"
 
 
+def test_groups_are_alike_where_windows_of_documents_differ() -> None:
+    """Not of three, two and three heads, which end later than two of four."""
+    walk = windows(*[33] * 30, *[25] * 20, *[10] * 15, apart=True)
+    assert items(walk, 8, 6) == Items(6, (4, 4))
+    assert items(walk, 7, 6).groups == (3, 4)
+    assert items(walk, 8, 6, cached=3.5).groups == (2, 3, 3)
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 99))
 def test_groups_have_all_heads(tiles: list[int], heads_kv: int, group: int, cached: float) -> None:
     members, groups, most_tiles = items(windows(*tiles), heads_kv, group, cached)

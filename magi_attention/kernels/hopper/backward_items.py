@@ -76,7 +76,9 @@ def backward_items(walk: Walk, heads_kv: int, group: int, programs: int, cached:
     spread = SPREAD * max(cached, 1) / reach
     even = keeps_step(walk)
     if even and longest * group < LONG_ITEM and keeps_busy(tiles, group, heads_kv, programs):
-        few = max(few, int(min(last, cached)))  # all groups alike: programs keep step from one to the next
+        # All groups alike: programs keep step from one to the next.
+        if few < min(last, cached):
+            return Items(group, even_groups(heads_kv, int(cached)))
         return Items(group, head_groups(heads_kv, few, few))
     for members in range(min(group, MOST_OUT_OF_STEP), 0, -1):
         shares = heads_kv * group // members
@@ -102,6 +104,12 @@ def head_groups(shares: int, few: int, last: int) -> tuple[int, ...]:
     last = min(max(last, few), shares)
     rest = shares - last
     return (few,) * (rest // few) + (rest % few,) * (rest % few > 0) + (last,)
+
+
+def even_groups(shares: int, most: int) -> tuple[int, ...]:
+    """As few groups of at most ``most`` as can be, of which none has two more than another."""
+    number = -(-shares // most)
+    return tuple(shares * (n + 1) // number - shares * n // number for n in range(number))
 
 
 def keeps_step(walk: Walk) -> bool:
