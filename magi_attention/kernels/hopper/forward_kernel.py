@@ -6,42 +6,37 @@ the one's softmax while the tensor cores are at the other (Shah et al. 2024, Fla
 https://arxiv.org/abs/2407.08608); the other consumer fills what gaps are left.
 """
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from magi_attention.kernels.hopper.forward_results import finish
+from magi_attention.kernels.hopper.forward_tiles import (
+    ROWS,
+    bounded,
+    masked,
+    multiply_keys,
+    multiply_values,
+    next_tile,
+    parts_of,
+    row_sums,
+    wait_for_values,
+)
 from magi_attention.kernels.hopper.gluon_compat import load_tile
 from magi_attention.kernels.hopper.pipeline import (
-    ENDS,
     FLAG_MASK,
-    GOES_ON,
-    LN2,
-    LOG2_E,
-    ROW_BEGINS_INSIDE,
-    ROW_ENDS_INSIDE,
-    columns_before,
     exp2,
     find_turns,
     load_entry,
     load_intervals,
     load_item,
-    load_kept,
     make_ring,
-    split_columns,
-    store_kept,
-    store_rows,
-    tanh,
 )
-
-ROWS = gl.constexpr(64)  # of a consumer
 
 
 @gluon.jit
@@ -98,205 +93,6 @@ def produce(q_desc, k_desc, v_desc, walk, turns, q_ring, k_ring, v_ring, GROUP: 
                 tile += 1
             col, run = next_col, next_run
         turn += 1
-
-
-WHOLE, FIRST_PART, LATER_PART = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-"""Which keys a launch is over: all, or a part of them, see :mod:`magi_attention.kernels.parts`."""
-
-
-class Out(NamedTuple):
-    """Where results go. Without parts of the keys, ``sums`` is anything; ``row_max`` is None if it is not asked for.
-
-    ``sink`` has what joins the softmax of each head's rows, or is None.
-    """
-
-    rows: Any
-    sums: Any
-    lse: Any
-    lse_stride: int
-    row_max: Any
-    sink: Any
-
-
-@gluon.jit
-def row_sums(p):
-    """Sums inside each thread only, ``(rows, 4)``; the four threads of a row are summed once, after the loop."""
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def merged_lse(before, lse):
-    high = gl.maximum(before, lse)
-    high = gl.where(high == float("-inf"), 0.0, high)
-    return high + gl.log2(exp2((before - high) * LOG2_E) + exp2((lse - high) * LOG2_E)) * LN2
-
-
-@gluon.jit
-def store_columns(
-    result, kept, begun, weight_before, out, out_desc, buffer, row, head, live, flags,
-    HEAD_DIM_V: gl.constexpr, COLUMN: gl.constexpr, PART: gl.constexpr,
-):  # fmt: skip
-    """Store an item's columns from ``COLUMN`` on, of a later part together with what is there from those before."""
-    rows: gl.constexpr = gl.SliceLayout(1, result.type.layout)
-    kept = gl.convert_layout(kept, rows)
-    if PART == LATER_PART:
-        before = load_kept(result, out.sums, row, head, gl.convert_layout(begun, rows), HEAD_DIM_V, COLUMN)
-        result += before * gl.convert_layout(weight_before, rows)[:, None]
-    if PART == WHOLE:
-        store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM_V, COLUMN)
-    else:
-        if (flags & GOES_ON) != 0:
-            store_kept(result, out.sums, row, head, kept, HEAD_DIM_V, COLUMN)
-        if (flags & ENDS) != 0:
-            if PART == FIRST_PART:
-                store_rows(result, out.rows, out_desc, buffer, row, head, live, HEAD_DIM_V, COLUMN)
-            else:
-                store_kept(result.to(out_desc.dtype), out.rows, row, head, kept, HEAD_DIM_V, COLUMN)
-
-
-@gluon.jit
-def scaled(acc, weights):
-    """Each row of some tiles times its weight."""
-    weights = gl.convert_layout(weights, gl.SliceLayout(1, acc[0].type.layout))[:, None]
-    result = acc[:0]
-    for n in gl.static_range(len(acc)):
-        result = result + (acc[n] * weights,)
-    return result
-
-
-@gluon.jit
-def finish(
-    acc, top, total, out, out_desc, buffer, item, scale,
-    ROW_STEP: gl.constexpr, HEAD_STEP: gl.constexpr, PACK: gl.constexpr, HEAD_DIM_V: gl.constexpr, PART: gl.constexpr,
-):  # fmt: skip
-    """Normalise the sums of an item and store them, as many columns at a time as ``buffer`` holds."""
-    COLUMNS: gl.constexpr = out_desc.block_type.shape[2]
-    row, live, head = item.row + ROW_STEP, item.rows - ROW_STEP, item.head * PACK + HEAD_STEP
-    rows: gl.constexpr = top.type.layout
-    total = gl.convert_layout(gl.sum(total, 1), rows)
-    dead = total == 0.0
-    lse = gl.where(dead, float("-inf"), (top * scale + gl.log2(total)) * LN2)
-    weight = gl.where(dead, 0.0, 1.0 / total)
-    token = gl.arange(0, ROWS, layout=rows)
-    kept = token < live
-    begun, weight_before = None, None
-    lse_ptr = out.lse + gl.cast(head, gl.int64) * out.lse_stride + row + token
-    if PART == LATER_PART:
-        kept = kept & (total != 0.0)  # what these keys add nothing to stays as it is
-        before = gl.load(lse_ptr, mask=kept, other=float("-inf"))
-        merged = merged_lse(before, lse)
-        weight *= exp2((lse - merged) * LOG2_E)
-        weight = gl.where(kept, weight, 0.0)
-        weight_before = gl.where(kept, exp2((before - merged) * LOG2_E), 0.0)
-        begun = before != float("-inf")
-        lse = merged
-    if out.sink is not None:
-        merged = merged_lse(gl.load(out.sink + head), lse)
-        weight = gl.where(dead, 0.0, weight * exp2((lse - merged) * LOG2_E))
-        lse = merged
-    gl.store(lse_ptr, lse, mask=kept)
-    if out.row_max is not None:
-        max_ptr = out.row_max + gl.cast(head, gl.int64) * out.lse_stride + row + token
-        highest = top * scale * LN2
-        if PART == LATER_PART:
-            highest = gl.maximum(highest, gl.load(max_ptr, mask=kept, other=float("-inf")))
-        gl.store(max_ptr, highest, mask=kept)
-    results = scaled(acc, weight)
-    for part in gl.static_range(len(acc)):
-        blocks = split_columns(results[part], COLUMNS)
-        for n in gl.static_range(len(blocks)):
-            store_columns(
-                blocks[n], kept, begun, weight_before, out, out_desc, buffer, row, head, live, item.flags,
-                HEAD_DIM_V, part * acc[0].shape[1] + n * COLUMNS, PART,
-            )  # fmt: skip
-
-
-@gluon.jit
-def parts_of(tiles, number, PARTS: gl.constexpr):
-    """The ``number``-th of tiles that are ``PARTS`` narrower ones each, as a tuple of those."""
-    SHAPE: gl.constexpr = [tiles.shape[1], tiles.shape[3]]
-    parts = ()
-    for n in gl.static_range(PARTS):
-        parts = parts + (tiles.index(number * PARTS + n).reshape(SHAPE),)  # type: ignore[assignment]
-    return parts
-
-
-@gluon.jit
-def multiply_keys(q_parts, k_ring, tile, layout: gl.constexpr):
-    """Start q k^T of the ``tile``-th tile as soon as it is there."""
-    BLOCK_K: gl.constexpr = k_ring.tiles.shape[1]
-    STAGES: gl.constexpr = k_ring.full.shape[0]
-    mbarrier.wait(k_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
-    k_parts = parts_of(k_ring.tiles, tile % STAGES, len(q_parts))
-    s = gl.zeros([ROWS, BLOCK_K], gl.float32, layout)
-    for n in gl.static_range(len(q_parts)):
-        s = warpgroup_mma(q_parts[n], k_parts[n].permute((1, 0)), s, use_acc=n > 0, is_async=True)
-    return s
-
-
-@gluon.jit
-def multiply_values(p, v_ring, tile, acc):
-    """Start p v of the ``tile``-th tile as soon as it is there."""
-    STAGES: gl.constexpr = v_ring.full.shape[0]
-    mbarrier.wait(v_ring.full.index(tile % STAGES), (tile // STAGES) & 1)
-    v_parts = parts_of(v_ring.tiles, tile % STAGES, len(acc))
-    result = acc[:0]
-    for n in gl.static_range(len(acc)):
-        result = result + (warpgroup_mma(p, v_parts[n], acc[n], is_async=True),)
-    return result
-
-
-@gluon.jit
-def wait_for_values(acc, p):
-    """Wait for all products, of which these are the last, and give up ``p``, too."""
-    done = warpgroup_mma_wait(0, deps=acc + (p,))
-    return done[: len(acc)], done[len(acc)]
-
-
-@gluon.jit
-def bounded(s, scales, SOFTCAP: gl.constexpr):
-    return tanh(s * scales.inner) if SOFTCAP else s
-
-
-@gluon.jit
-def masked(s, starts, ends, flags):
-    """-inf where a row does not attend a column of the tile."""
-    if (flags & ROW_ENDS_INSIDE) != 0:
-        s = gl.where(columns_before(s, ends), s, float("-inf"))
-    if (flags & ROW_BEGINS_INSIDE) != 0:
-        s = gl.where(columns_before(s, starts), float("-inf"), s)
-    return s
-
-
-@gluon.jit
-def next_tile(
-    acc, p, top, total, q_parts, k_ring, v_ring, tile, scales, starts, ends, code, col,
-    MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
-):  # fmt: skip
-    """The scores of the tile behind the ``tile``-th, and the ``tile``-th one's part of the output."""
-    STAGES: gl.constexpr = k_ring.full.shape[0]
-    s_layout: gl.constexpr = top.type.layout.parent
-    scale = scales.score
-    s_next = multiply_keys(q_parts, k_ring, tile + 1, s_layout)
-    acc_next = multiply_values(p, v_ring, tile, acc)
-    s = warpgroup_mma_wait(len(acc), deps=[s_next])
-    mbarrier.arrive(k_ring.empty.index((tile + 1) % STAGES), count=1)
-    s = bounded(s, scales, SOFTCAP)
-    if MASKED:
-        s = masked(s, starts - col, ends - col, code & FLAG_MASK)
-    new_top = gl.maximum(top, gl.max(s, 1))
-    safe_top = new_top
-    if MASKED:
-        safe_top = gl.where(new_top == float("-inf"), 0.0, new_top)
-    decay = exp2(top * scale - safe_top * scale)
-    probs = exp2(s * scale - (safe_top * scale)[:, None])
-    part = row_sums(probs)
-    total = total * gl.convert_layout(decay, gl.SliceLayout(1, part.type.layout))[:, None] + part
-    acc, p = wait_for_values(acc_next, p)
-    mbarrier.arrive(v_ring.empty.index(tile % STAGES), count=1)
-    acc = scaled(acc, decay)
-    p = gl.convert_layout(probs.to(p.dtype), p.type.layout)
-    return acc, p, new_top, total
 
 
 @gluon.jit

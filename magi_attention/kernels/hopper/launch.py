@@ -8,7 +8,8 @@ import torch
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
 from magi_attention.kernels.hopper.batches import FORWARD_BATCH
 from magi_attention.kernels.hopper.device_walk import make_key_walk, make_query_walk
-from magi_attention.kernels.hopper.forward_kernel import FIRST_PART, LATER_PART, WHOLE, Out, forward_kernel
+from magi_attention.kernels.hopper.forward_kernel import forward_kernel
+from magi_attention.kernels.hopper.forward_results import FIRST_PART, LATER_PART, WHOLE, Out
 from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
 from magi_attention.kernels.hopper.pipeline import WalkArgs
 from magi_attention.kernels.hopper.row_kernels import all_dims, launch_finish
