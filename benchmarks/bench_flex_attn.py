@@ -264,7 +264,8 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         "Python": sys.version.split()[0],
         "date": str(date.today()),
         "cases": f"preset {args.preset}, bf16, one sequence",
-        "times": f"medians, order changing, L2 flushed; backward counts {BACKWARD_TO_FORWARD} times the forward work",
+        "times": f"medians, order changing, L2 flushed; backward counts {BACKWARD_TO_FORWARD} times the forward work, "
+        "2.6 times for keys of 192 and values of 128",
     }
 
 
@@ -291,7 +292,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError:
         parser.error("--heads takes pairs such as 48:8, the first a multiple of the second")
     try:
-        args.head_dims = [(dims[0], dims[-1]) for dims in ([int(y) for y in x.split(":")] for x in args.head_dims)]
+        dims = [tuple(map(int, x.split(":"))) for x in args.head_dims]
+        if any(len(x) > 2 for x in dims):
+            raise ValueError
+        args.head_dims = [(x[0], x[-1]) for x in dims]
     except ValueError:
         parser.error("--head-dims takes numbers such as 128, or pairs such as 192:128, of keys and of values")
     return args

@@ -270,7 +270,12 @@ def test_options() -> None:
     assert table.masks == tuple(cases.MASKS) and table.seqlens == [8192] and table.head_dims == [(128, 128)]
     assert table.heads == [(64, 8), (16, 16)]
     assert bench.parse_arguments(["--head-dims", "64", "192:128"]).head_dims == [(64, 64), (192, 128)]
-    for wrong in (["--heads", "48:7"], ["--head-dims", "192:"], ["--head-dims", "192:x"]):
+    for wrong in (
+        ["--heads", "48:7"],
+        ["--head-dims", "192:"],
+        ["--head-dims", "192:x"],
+        ["--head-dims", "192:128:64"],
+    ):
         with pytest.raises(SystemExit):
             bench.parse_arguments(wrong)
 

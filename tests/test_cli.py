@@ -171,5 +171,5 @@ def test_doctor_survives_an_engine_that_fails(
 
 def test_doctor_tests_float32_where_it_is_another_path() -> None:
     cases = doctor.cases_to_test(torch.device("cuda"))
-    assert (torch.float32, 64) in cases
-    assert doctor.self_test(torch.device("cpu"), torch.float32, 64) is None
+    assert (torch.float32, (64, 64)) in cases
+    assert doctor.self_test(torch.device("cpu"), torch.float32, (64, 48)) is None

@@ -262,6 +262,16 @@ def test_values_of_another_head_dim(engine: Engine, name: str, heads: tuple[int,
     check_bound(run_in_parts(engine, problem, [0, 64, 700]), problem)
 
 
+@pytest.mark.parametrize("head_dims", [(64, 128), (128, 64), (128, 192), (256, 128), (64, 256), (256, 192)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_other_values_of_another_head_dim(engine: Engine, head_dims: tuple[int, int], deterministic: bool) -> None:
+    mask, (head_dim, head_dim_v) = named_masks(1024)["several intervals a row"], head_dims
+    problem = problem_on_gpu(engine, mask, (6, 2), head_dim, torch.float16, 0.8, head_dim_v)
+    problem.params = replace(problem.params, deterministic=deterministic, sm_margin=0 if deterministic else 100)
+    check_bound(run_engine(engine, problem), problem)
+    check_bound(run_in_parts(engine, problem, [0, 64, 700]), problem)
+
+
 def test_what_rows_that_attend_nothing_hold_does_not_matter(engine: Engine) -> None:
     mask = AttnMask.from_slices([(3, 140), (150, 260)], [(0, 130), (20, 160)], ["causal", "full"], 300, 160)
     problem = problem_on_gpu(engine, mask)

@@ -74,7 +74,7 @@ def test_the_last_group_of_heads_is_large_where_windows_differ() -> None:
 
 
 def test_groups_are_alike_where_windows_of_documents_differ() -> None:
-    """Not of three, two and three heads, which end later than two of four."""
+    """Two of four heads end sooner than three of three, two and three."""
     walk = windows(*[33] * 30, *[25] * 20, *[10] * 15, apart=True)
     assert items(walk, 8, 6) == Items(6, (4, 4))
     assert items(walk, 7, 6).groups == (3, 4)

@@ -52,6 +52,11 @@ def test_more_where_lengths_differ(num_windows: int, before: float, after: float
     assert busy_share(tiles, heads_side_by_side(tiles, 1, 16, PROGRAMS), 16, PROGRAMS) > after
 
 
+def test_no_more_than_leaves_some_programs_at_each_head() -> None:
+    tiles = np.geomspace(16, 1, 40).astype(np.int32)
+    assert heads_side_by_side(tiles, 2, 128, PROGRAMS) <= 16
+
+
 def test_no_more_where_there_are_many_windows() -> None:
     tiles = np.repeat([64, 4], [1000, 1200]).astype(np.int32)
     assert heads_side_by_side(tiles, 1, 16, PROGRAMS) == 1

@@ -76,10 +76,10 @@ def backward_items(walk: Walk, heads_kv: int, group: int, programs: int, cached:
     spread = SPREAD * max(cached, 1) / reach
     even = keeps_step(walk)
     if even and longest * group < LONG_ITEM and keeps_busy(tiles, group, heads_kv, programs):
-        # All groups alike: programs keep step from one to the next.
-        if few < min(last, cached):
-            return Items(group, even_groups(heads_kv, int(cached)))
-        return Items(group, head_groups(heads_kv, few, few))
+        # All groups alike, so that programs keep step from one to the next; where windows differ, as large as the cache
+        # allows, so that all programs end together.
+        most = int(cached) if few < min(last, cached) else few
+        return Items(group, even_groups(heads_kv, most))
     for members in range(min(group, MOST_OUT_OF_STEP), 0, -1):
         shares = heads_kv * group // members
         stays_cached = even or members == 1 or members * few <= spread

@@ -53,8 +53,6 @@ FORWARD_SHAPES = {
     192: ForwardShape(block_k=64, stages=2, q_stages=2, out_columns=64),
     256: ForwardShape(block_k=64, stages=2, q_stages=1, out_columns=128),
 }
-LARGE_KEYS = ForwardShape(block_k=128, stages=2, q_stages=1, out_columns=64)
-"""For keys of 192 dimensions with values of up to 128, as latent attention has them."""
 
 
 class BackwardShape(NamedTuple):
@@ -96,6 +94,15 @@ def forward_dims(head_dim: int, head_dim_v: int) -> Dims:
     return Dims(rounded(head_dim), rounded(head_dim_v))
 
 
+def forward_shape(dims: Dims) -> ForwardShape:
+    """How the forward kernel divides its work."""
+    if dims.k == 192 and dims.v <= 128:
+        # As in latent attention: sums of 128 dimensions leave registers for 128 keys, and a second buffer of queries
+        # and wide stores give up their shared memory for them.
+        return ForwardShape(block_k=128, stages=2, q_stages=1, out_columns=64)
+    return FORWARD_SHAPES[max(dims)]
+
+
 def backward_dims(head_dim: int, head_dim_v: int) -> Dims:
     """Those of the backward kernels: values have no more of them than keys, and the same up to 128."""
     dim = rounded(max(head_dim, head_dim_v))
@@ -131,7 +138,7 @@ def launch_forward(
         return
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     dims = forward_dims(q.shape[2], v.shape[2])
-    shape = LARGE_KEYS if dims.k == 192 and dims.v <= 128 else FORWARD_SHAPES[max(dims)]
+    shape = forward_shape(dims)
     columns = Dims(*map(tile_columns, dims))
     pack = 2 if group % 2 == 0 else 1
     walk = schedule.by_queries(make_query_walk, 2 * CONSUMER_ROWS // pack, shape.block_k, q.device)
@@ -212,7 +219,8 @@ def launch_backward(
     columns = Dims(*(128 if dim > 128 else 64 for dim in dims)) if is_wide else dims
     walk = schedule.by_keys(make_key_walk, shape.block_k, shape.block_q, q.device)
     programs = num_programs(q.device, params)
-    work = backward_work(walk, heads_kv, group, sum(dims) // 2, programs, takes_turns=params.sm_margin > 0)
+    row_bytes = 6 * dims.k + 2 * dims.v  # q and dout in 16 bits, dq in 32
+    work = backward_work(walk, heads_kv, group, row_bytes, programs, takes_turns=params.sm_margin > 0)
     sums: list[torch.Tensor] = []
     if work.adds_up:
         sums = [sums_of(x, dim) for x, dim in zip(results, dims, strict=True)]
@@ -245,9 +253,10 @@ def launch_backward(
         SOFTCAP=params.softcap != 0,
         LAYERED=len(walk.starts) > 1,
     )
-    for total, result in zip(sums, results, strict=False):
-        if total is not result:
-            launch_finish(total, result, 1.0, shuffled=False)
+    if work.adds_up:
+        for total, result in zip(sums, results, strict=True):
+            if total is not result:
+                launch_finish(total, result, 1.0, shuffled=False)
 
 
 def sums_of(result: torch.Tensor, dim: int) -> torch.Tensor:

@@ -106,6 +106,7 @@ def all_dims(dq: torch.Tensor) -> torch.Tensor:
     """``dq`` of :func:`launch_start` with the dimensions that a head does not have, too."""
     num_tokens, num_heads, _ = dq.shape
     dim = dq.stride(1)
+    assert dq.storage_offset() == 0 and dq.untyped_storage().nbytes() == 4 * num_tokens * num_heads * dim
     return dq.as_strided((num_tokens, num_heads, dim), (num_heads * dim, dim, 1))
 
 

@@ -15,12 +15,15 @@ NEARLY = 0.01
 MANY_ITEMS = 16
 """Of a group of heads for each program: with as many, it matters little who gets which."""
 
+READERS = 8
+"""Programs at least that are at a head at a time if all are busy, so that most read keys and values from the cache."""
+
 ITEM_COST = 1
 """To go on to the next item takes about as long as so many tiles."""
 
 
 def heads_side_by_side(tiles: Int32Array, heads: int, all_heads: int, programs: int) -> int:
-    """``heads``, or a multiple of it with which programs have much more to do until the last one ends.
+    """``heads``, or a multiple of it with which programs have more to do until the last one ends.
 
     Args:
         tiles: Of each window, most first. Windows without tiles count as having one.
@@ -28,10 +31,14 @@ def heads_side_by_side(tiles: Int32Array, heads: int, all_heads: int, programs: 
         all_heads: How many there are.
         programs: How many programs there are.
     """
-    choices = [n for n in range(heads, all_heads + 1, heads) if all_heads % n == 0]
+    most = max(heads, min(all_heads, programs // READERS))
+    choices = [n for n in range(heads, most + 1, heads) if all_heads % n == 0]
     if len(choices) == 1 or len(tiles) * heads >= MANY_ITEMS * programs:
         return heads
-    busy = [busy_share(tiles, n, all_heads, programs) for n in choices]
+    busy = [busy_share(tiles, heads, all_heads, programs)]
+    if busy[0] >= 1 - NEARLY:
+        return heads
+    busy += [busy_share(tiles, n, all_heads, programs) for n in choices[1:]]
     return next(n for n, share in zip(choices, busy, strict=True) if share >= max(busy) - NEARLY)
 
 

@@ -27,7 +27,7 @@ class BackwardWork(NamedTuple):
 
 
 def backward_work(
-    walk: DeviceWalk, heads_kv: int, group: int, dim: int, programs: int, takes_turns: bool
+    walk: DeviceWalk, heads_kv: int, group: int, row_bytes: int, programs: int, takes_turns: bool
 ) -> BackwardWork:
     """Cut a walk over keys for ``programs`` programs, which may have to take turns.
 
@@ -35,11 +35,11 @@ def backward_work(
         walk: Windows of keys, and the tiles of queries that attend them.
         heads_kv: Key heads.
         group: Query heads of each.
-        dim: Dimensions of a tile.
+        row_bytes: What of a query and head is read and added again and again: q, dout and dq.
         programs: How many programs run at a time.
         takes_turns: Whether there are no more programs than that.
     """
-    query_bytes = 8 * walk.walk.num_cols * dim  # of a head: q, dout and dq are read and added again and again
+    query_bytes = walk.walk.num_cols * row_bytes  # of a head
     cached = CACHED_BYTES / query_bytes
     members, groups, most_tiles = walk.backward_items(heads_kv, group, programs, cached)
     if most_tiles is not None:
