@@ -87,7 +87,6 @@ HOPPER_CASES = {
     "192 and 128": Case(192, group=1, head_dim_v=128),
     "192 and 128, parts, group of 6": Case(192, parts=True, head_dim_v=128),
     "256 and 128, fp16, softcap, layered": Case(256, HALF, 6, 30.0, LAYERED, head_dim_v=128),
-    "128 and 192": Case(128, head_dim_v=192),
 }
 TRITON_CASES = {
     "64": Case(64, group=8, parts=True),

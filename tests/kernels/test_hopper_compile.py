@@ -48,8 +48,8 @@ SPILLS: Numbers = {
     ("192 and 128", "forward_kernel PART=0"): (0, 20, 32, 88),
     ("192 and 128, parts, group of 6", "forward_kernel PART=1"): (12, 28, 40, 92),
     ("192 and 128, parts, group of 6", "forward_kernel PART=2"): (8, 28, 40, 92),
-    ("128 and 64, fp16, softcap, layered", "forward_kernel SOFTCAP LAYERED PART=0"): (0, 0, 28, 36),
-    ("128 and 64, fp16, softcap, layered", "backward_kernel ADDS_UP SOFTCAP LAYERED MEMBERS=3"): (156, 172, 140, 356),
+    ("256 and 128, fp16, softcap, layered", "forward_kernel SOFTCAP LAYERED PART=0"): (8, 8, 52, 120),
+    ("256 and 128, fp16, softcap, layered", "wide_backward_kernel ADDS_UP SOFTCAP LAYERED MEMBERS=3"): (24, 24, 20, 0),
 }
 
 # How often a thread may access them in a loop over tiles that are whole.
