@@ -13,7 +13,7 @@ import torch
 
 from magi_attention.kernels import triton as by_tiles
 from magi_attention.kernels.backward_pass import BackwardPass
-from magi_attention.kernels.head_dims import spell
+from magi_attention.kernels.head_dims import refuse_head_dims
 from magi_attention.kernels.hopper import unordered_backward
 from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
@@ -45,8 +45,8 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v:
         return f"runs on GPUs of compute capability 9.0, not on {device.type}"
     if dtype not in DTYPES:
         return f"takes bfloat16 and float16, not {dtype}"
-    if any(dim > MAX_HEAD_DIM or dim % 8 for dim in (head_dim, head_dim_v)):
-        return f"takes a head_dim up to {MAX_HEAD_DIM} that is a multiple of 8, not {spell(head_dim, head_dim_v)}"
+    if (reason := refuse_head_dims(head_dim, head_dim_v, MAX_HEAD_DIM)) is not None:
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install 'triton>=3.6'"
     if not torch.cuda.is_available():
