@@ -23,7 +23,7 @@ from emulate_scale import parse_heads
 
 from magi_attention.kernels import hopper
 from magi_attention.kernels.hopper.device_walk import make_key_walk
-from magi_attention.kernels.hopper.launch import BACKWARD_SHAPES
+from magi_attention.kernels.hopper.shapes import BACKWARD_SHAPES
 from magi_attention.kernels.hopper.work import backward_work
 from magi_attention.mask.bands import IntArray
 from magi_attention.planning import plan_attention

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from magi_attention.kernels.hopper.shapes import backward_dims
 from magi_attention.kernels.lazy_schedule import LazySchedule
 from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.query_grads import QueryGrads
@@ -27,7 +28,6 @@ def start_backward(
     head_dim: int,
 ) -> QueryGrads:
     """See :meth:`magi_attention.kernels.backward_pass.BackwardPass.start_backward`."""
-    from magi_attention.kernels.hopper.launch import backward_dims
     from magi_attention.kernels.hopper.row_kernels import launch_start
 
     dout = torch.zeros_like(out) if dout is None else dout if dout.stride(2) == 1 else dout.contiguous()
