@@ -27,7 +27,7 @@ class Cast(Protocol):
         """The rows under way; waiting for them leaves them to :meth:`wait`."""
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """The received rows of each tensor, ``(received rows, ...)``, in the order of the buffer."""
+        """The rows of the buffer of each tensor, ``(rows, ...)``: those that lie ahead, and those received."""
 
 
 class Reduce(Protocol):
@@ -40,8 +40,13 @@ class Reduce(Protocol):
 class Exchange(Protocol):
     """How the rows of one stage travel. Both verbs are collectives of all ranks."""
 
-    def cast(self, tensors: Sequence[torch.Tensor]) -> Cast:
-        """Start sending local rows of ``tensors``, ``(local rows, ...)``, to the ranks that need them."""
+    def cast(self, tensors: Sequence[torch.Tensor], ahead: torch.Tensor | None = None) -> Cast:
+        """Start sending local rows of ``tensors``, ``(local rows, ...)``, to the ranks that need them.
+
+        Args:
+            tensors: Tensors of one dtype.
+            ahead: Local rows that are copied to the front of the buffer, before those that arrive, int32.
+        """
 
     def reduce(self, tensors: Sequence[torch.Tensor], wire_dtype: torch.dtype | None = None) -> Reduce:
         """Start sending partial sums for received rows, ``(received rows, ...)``, home to the rows' owners.
@@ -59,9 +64,9 @@ class FlatExchange:
     rows: RowRouting
     group: dist.ProcessGroup
 
-    def cast(self, tensors: Sequence[torch.Tensor]) -> GroupCast:
+    def cast(self, tensors: Sequence[torch.Tensor], ahead: torch.Tensor | None = None) -> GroupCast:
         """See :class:`Exchange`."""
-        return group_cast(tensors, self.rows, self.group)
+        return group_cast(tensors, self.rows, self.group, ahead)
 
     def reduce(self, tensors: Sequence[torch.Tensor], wire_dtype: torch.dtype | None = None) -> GroupReduce:
         """See :class:`Exchange`."""

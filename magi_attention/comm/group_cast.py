@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.row_exchange import RowRouting, Transfer, exchange, pack, unpack
+from magi_attention.comm.row_buffer import RowBuffer
+from magi_attention.comm.row_exchange import RowRouting, Transfer, exchange, pack
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,19 @@ class GroupCast:
 
     transfer: Transfer
     routing: RowRouting
-    row_shapes: tuple[torch.Size, ...]
+    buffer: RowBuffer
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """The received rows of each tensor, in the order of the buffer: views into one matrix."""
-        matrix = self.transfer.wait()
+        """The rows of the buffer of each tensor: views into one matrix."""
+        received = self.transfer.wait()
         if self.routing.recv_order is not None:
-            matrix = pack((matrix,), self.routing.recv_order)
-        return unpack(matrix, self.row_shapes)
+            pack((received,), self.routing.recv_order, into=self.buffer.arriving)
+        return self.buffer.tensors()
 
 
-def group_cast(tensors: Sequence[torch.Tensor], rows: RowRouting, group: dist.ProcessGroup) -> GroupCast:
+def group_cast(
+    tensors: Sequence[torch.Tensor], rows: RowRouting, group: dist.ProcessGroup, ahead: torch.Tensor | None = None
+) -> GroupCast:
     """Start sending local rows of ``tensors`` to the ranks that need them.
 
     A collective: every rank of the group calls it, also one that neither sends nor receives.
@@ -34,7 +37,10 @@ def group_cast(tensors: Sequence[torch.Tensor], rows: RowRouting, group: dist.Pr
         tensors: Tensors of one dtype and equal numbers of rows, shape ``(local rows, ...)``. They travel together.
         rows: Which rows go where.
         group: The process group that ``rows`` was planned for.
+        ahead: Local rows that are copied to the front of the buffer, before those that arrive, int32.
     """
-    row_shapes = tuple(t.shape[1:] for t in tensors)
-    transfer = exchange(pack(tensors, rows.send_rows), rows.send_counts, rows.recv_counts, group)
-    return GroupCast(transfer, rows, row_shapes)
+    buffer = RowBuffer.empty(tensors, ahead, sum(rows.recv_counts))
+    in_order = buffer.arriving if rows.recv_order is None else None
+    transfer = exchange(pack(tensors, rows.send_rows), rows.send_counts, rows.recv_counts, group, in_order)
+    buffer.copy_ahead(tensors, ahead)  # while the others travel
+    return GroupCast(transfer, rows, buffer)

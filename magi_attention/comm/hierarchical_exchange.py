@@ -9,7 +9,8 @@ import torch.distributed as dist
 from magi_attention.comm.chain import Chain, chain
 from magi_attention.comm.group_cast import group_cast
 from magi_attention.comm.group_reduce import GroupReduce, group_reduce
-from magi_attention.comm.row_exchange import RowRouting, copy_indices, exchange, pack, unpack
+from magi_attention.comm.row_buffer import RowBuffer
+from magi_attention.comm.row_exchange import RowRouting, copy_indices, exchange, pack
 from magi_attention.planning.two_level import TwoLevelPlan
 
 
@@ -20,7 +21,7 @@ class HierarchicalCast:
     transfer: Chain[tuple[torch.Tensor, ...]]
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """The received rows of each tensor, in the order of the buffer: views into one matrix."""
+        """The rows of the buffer of each tensor: views into one matrix."""
         return self.transfer.wait()
 
 
@@ -71,19 +72,24 @@ class HierarchicalExchange:
         recv_order, wire_order = copy_indices(orders, device) if orders else (None, None)
         return cls(crossing, direct, relay, recv_order, wire_order, inter, intra)
 
-    def cast(self, tensors: Sequence[torch.Tensor]) -> HierarchicalCast:
+    def cast(self, tensors: Sequence[torch.Tensor], ahead: torch.Tensor | None = None) -> HierarchicalCast:
         """See :class:`~magi_attention.comm.exchange.Exchange`."""
+        buffer = RowBuffer.empty(tensors, ahead, sum(self.direct.recv_counts) + sum(self.relay.recv_counts))
         crossing = group_cast(tensors, self.crossing, self.inter)
         direct = group_cast(tensors, self.direct, self.intra)
 
         def spread() -> tuple[torch.Tensor, ...]:
             relayed = group_cast((crossing.transfer.wait(),), self.relay, self.intra)
-            arrived = torch.cat((direct.transfer.wait(), relayed.transfer.wait()))
-            if self.recv_order is not None:
-                arrived = pack((arrived,), self.recv_order)
-            return unpack(arrived, crossing.row_shapes)
+            levels = direct.transfer.wait(), relayed.transfer.wait()
+            if self.recv_order is None:
+                torch.cat(levels, out=buffer.arriving)
+            else:
+                pack((torch.cat(levels),), self.recv_order, into=buffer.arriving)
+            return buffer.tensors()
 
-        return HierarchicalCast(chain(spread, tensors[0].device))
+        under_way = HierarchicalCast(chain(spread, tensors[0].device))
+        buffer.copy_ahead(tensors, ahead)
+        return under_way
 
     def reduce(self, tensors: Sequence[torch.Tensor], wire_dtype: torch.dtype | None = None) -> HierarchicalReduce:
         """See :class:`~magi_attention.comm.exchange.Exchange`. Nodes add up in the type of ``tensors``."""

@@ -86,29 +86,43 @@ class Transfer:
 
 
 def exchange(
-    rows: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: dist.ProcessGroup
+    rows: torch.Tensor,
+    send_counts: Sequence[int],
+    recv_counts: Sequence[int],
+    group: dist.ProcessGroup,
+    received: torch.Tensor | None = None,
 ) -> Transfer:
     """Start an uneven all-to-all of the rows of a contiguous matrix, ordered by rank on both sides.
 
-    A collective: a rank with nothing to send and nothing to receive takes part, too.
+    A collective: a rank with nothing to send and nothing to receive takes part, too. Rows arrive in ``received``, a
+    contiguous matrix; None for a new one.
     """
-    received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+    if received is None:
+        received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
     work = dist.all_to_all_single(received, rows, list(recv_counts), list(send_counts), group=group, async_op=True)
     return Transfer(rows, received, work)
 
 
-def pack(tensors: Sequence[torch.Tensor], rows: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor:
+def pack(
+    tensors: Sequence[torch.Tensor],
+    rows: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Chosen rows of several tensors side by side in one matrix, so that they travel together.
 
     Args:
         tensors: Tensors of one dtype and equal numbers of rows, ``(rows, ...)``, with any strides.
         rows: Which rows, int32; None for all.
         dtype: The type of the matrix; None for that of the tensors.
+        into: The matrix, contiguous; None for a new one.
     """
     first, row_shapes = tensors[0], [x.shape[1:] for x in tensors]
     assert all(x.dtype == first.dtype and len(x) == len(first) for x in tensors)
-    size = len(first if rows is None else rows), sum(shape.numel() for shape in row_shapes)
-    matrix = torch.empty(size, dtype=dtype or first.dtype, device=first.device)
+    matrix = into
+    if matrix is None:
+        size = len(first if rows is None else rows), sum(shape.numel() for shape in row_shapes)
+        matrix = torch.empty(size, dtype=dtype or first.dtype, device=first.device)
     if matrix.is_cuda:
         from magi_attention.comm import row_kernels
 

@@ -22,13 +22,13 @@ class MaskView(NamedTuple):
         bands: Bands inside ``num_rows`` x ``num_cols`` that share no cell, ``(n, 6)``.
         num_rows: Number of rows.
         num_cols: Number of columns.
-        goes_on: Which rows have columns in a later part of the columns, ``(num_rows,)``; None for no row.
+        part: Which part of the columns these are; None for all.
     """
 
     bands: IntArray
     num_rows: int
     num_cols: int
-    goes_on: NDArray[np.bool_] | None
+    part: Part | None
 
 
 MakeWalk = Callable[[MaskView, int, int, torch.device], WalkT]
@@ -71,8 +71,7 @@ class LazySchedule:
     def _view(self, from_keys: bool) -> MaskView:
         if from_keys:  # whose queries are all here
             return MaskView(transpose(self.bands), self.num_keys, self.num_rows, None)
-        goes_on = None if self.part is None else self.part.goes_on
-        return MaskView(self.bands, self.num_rows, self.num_keys, goes_on)
+        return MaskView(self.bands, self.num_rows, self.num_keys, self.part)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LazySchedule, (self.bands, self.num_rows, self.num_keys, self.part)

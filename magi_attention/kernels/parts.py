@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magi_attention.mask.bands import Q0, Q1, IntArray, tighten
+from magi_attention.mask.bands import IntArray, attending_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +23,21 @@ class Part:
 
     Attributes:
         goes_on: Which queries attend keys of a later part, bool ``(num_rows,)``.
+        begun: Which queries attend keys of this part or of one before, bool ``(num_rows,)``.
     """
 
     goes_on: NDArray[np.bool_]
+    begun: NDArray[np.bool_]
 
     @cached_property
     def is_last(self) -> bool:
         """Whether no query attends a later part."""
         return not self.goes_on.any()
+
+    @cached_property
+    def waits(self) -> NDArray[np.bool_]:
+        """Which queries have all of their keys in later parts, bool ``(num_rows,)``."""
+        return self.goes_on & ~self.begun
 
 
 def make_parts(bands: Sequence[IntArray], num_rows: int) -> list[Part]:
@@ -40,19 +47,11 @@ def make_parts(bands: Sequence[IntArray], num_rows: int) -> list[Part]:
         bands: What the queries attend in each part, in order, see :mod:`magi_attention.mask.bands`.
         num_rows: Number of queries.
     """
-    later = np.zeros(num_rows, np.bool_)
-    parts = []
-    for part in reversed(bands):
-        parts.append(Part(later))
-        later = later | _attending(part, num_rows)
-    return parts[::-1]
-
-
-def _attending(bands: IntArray, num_rows: int) -> NDArray[np.bool_]:
-    """Which rows attend anything."""
-    tight = tighten(bands)[0]
-    change = np.bincount(tight[:, Q0], minlength=num_rows + 1) - np.bincount(tight[:, Q1], minlength=num_rows + 1)
-    return np.cumsum(change[:num_rows]) > 0
+    attending = np.array([attending_rows(part, num_rows) for part in bands])
+    begun = np.logical_or.accumulate(attending)
+    up_to_end = np.logical_or.accumulate(attending[::-1])[::-1]
+    goes_on = [*up_to_end[1:], np.zeros(num_rows, np.bool_)]
+    return [Part(*part) for part in zip(goes_on, begun, strict=True)]
 
 
 class State(NamedTuple):
@@ -61,8 +60,8 @@ class State(NamedTuple):
     Attributes:
         out: ``(num_rows, heads_q, head_dim_v)``, of queries that are done, in the type of ``q``, contiguous.
         lse: Natural log-sum-exp of the scores so far, ``(heads_q, num_rows)``, in the accumulation type.
-        sums: The outputs so far of queries that go on, shaped as ``out``, in the accumulation type; None when the
-            keys came at once.
+        sums: The outputs so far of queries that go on, shaped as ``out``, in the accumulation type; None while
+            there are none to keep.
         row_max: Each query's highest score so far, shaped and typed as ``lse``, -inf where there is none; None when
             it is not asked for.
     """
@@ -73,18 +72,18 @@ class State(NamedTuple):
     row_max: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, q: torch.Tensor, head_dim_v: int, part: Part | None, with_max: bool) -> "State":
-        """Memory for the state of ``q`` after the first part, or for all keys at once if ``part`` is None.
+    def empty(cls, q: torch.Tensor, head_dim_v: int, with_sums: bool, with_max: bool) -> "State":
+        """Memory for the state of ``q`` after the first part, or for all keys at once.
 
         Args:
             q: Queries, ``(num_rows, heads_q, head_dim)``, whose accumulation type is float32.
             head_dim_v: The last dimension of the values.
-            part: The first part.
+            with_sums: Whether outputs so far are kept for later parts.
             with_max: Whether the highest scores are asked for.
         """
         out = torch.empty((*q.shape[:2], head_dim_v), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        sums = None if part is None or part.is_last else torch.empty_like(out, dtype=torch.float32)
+        sums = torch.empty_like(out, dtype=torch.float32) if with_sums else None
         return cls(out, lse, sums, torch.empty_like(lse) if with_max else None)
 
     def max_logits(self) -> torch.Tensor:

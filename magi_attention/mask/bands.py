@@ -120,6 +120,13 @@ def row_intervals(bands: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
     return np.maximum(bands[:, K0], rows + bands[:, LO]), np.minimum(bands[:, K1], rows + bands[:, HI] + 1)
 
 
+def attending_rows(bands: IntArray, num_rows: int) -> NDArray[np.bool_]:
+    """Which rows attend anything."""
+    tight = tighten(bands)[0]
+    change = np.bincount(tight[:, Q0], minlength=num_rows + 1) - np.bincount(tight[:, Q1], minlength=num_rows + 1)
+    return np.cumsum(change[:num_rows]) > 0
+
+
 def run_offsets(runs: IntArray) -> IntArray:
     """Where each ``(start, end)`` run begins when runs are laid one behind the other; one more entry for the total."""
     offsets = np.zeros(len(runs) + 1, np.int64)

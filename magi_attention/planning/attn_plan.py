@@ -20,6 +20,7 @@ from magi_attention.planning.locality import locality
 from magi_attention.planning.overlap import route_in_stages
 from magi_attention.planning.rank_plan import RankPlan, StagePlan
 from magi_attention.planning.routing import GroupCollectivePlan, Routes, route_stage
+from magi_attention.planning.runs import sum_by_group
 from magi_attention.planning.shared_plan import SharedPlan
 from magi_attention.planning.sources import SELF_ATTENTION, Sources
 from magi_attention.planning.two_level import MeshShape, TwoLevelPlan, align_stages, route_two_levels
@@ -50,6 +51,13 @@ class AttnPlan(SharedPlan):
         """
         return own_keys_fill(self.work, self.dispatch) & (not self.blocking)
 
+    @cached_property
+    def first_cast_rows(self) -> int:
+        """The most rows that any rank sends or receives in the first stage."""
+        first, rows = self.routes.stage == 0, self.routes.rows
+        sides = self.routes.owner, self.routes.receiver
+        return max(int(sum_by_group(side[first], rows[first], self.cp_size).max()) for side in sides)
+
     def rank(self, rank: int) -> RankPlan:
         """One rank's part.
 
@@ -74,6 +82,7 @@ class AttnPlan(SharedPlan):
             local_bands=relocate(rank_bands, local_rows, own_keys),
             stages=tuple(stages),
             own_keys_fill=bool(self.own_keys_fill[rank]),
+            first_cast_rows=self.first_cast_rows,
         )
 
     def on_mesh(self, mesh_shape: tuple[int, int] | None) -> "AttnPlan":

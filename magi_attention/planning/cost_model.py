@@ -1,7 +1,7 @@
 """What the stages of a plan cost every rank: cells and rows, and the seconds that a CostModel makes of them.
 
-Seconds are made by additions, products and maxima only, element by element, which round alike on every machine: ranks
-that choose stages by them choose the same.
+Seconds are made by basic arithmetic and maxima only, element by element, which round alike on every machine: ranks that
+choose stages by them choose the same.
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +22,10 @@ from magi_attention.planning.runs import GroupedRuns, sum_by_group
 
 FloatArray = NDArray[np.floating[Any]]
 
+HIDDEN = 2
+"""Work that is kept for the time in which rows of the first stage travel, as a multiple of that: ranks are never quite
+in step."""
+
 
 @dataclass(frozen=True, eq=False)
 class StageWork:
@@ -31,6 +35,8 @@ class StageWork:
         local_areas: Unmasked cells among a rank's own keys, ``(cp_size,)``.
         areas: Unmasked cells with the rows that a stage brings, ``(num_stages, cp_size)``.
         queries: About how many queries attend these rows, and never less than do, ``(num_stages, cp_size)``.
+        could_wait: About how many cells among a rank's own keys are of queries that attend the first stage,
+            ``(cp_size,)``.
         received: Rows that arrive, ``(num_stages, cp_size)``.
         sent: Rows that leave, a row once for every rank it goes to, ``(num_stages, cp_size)``.
         own_keys_fill: Where own keys would fill what stages leave in a backward pass that waits for nothing first,
@@ -40,6 +46,7 @@ class StageWork:
     local_areas: IntArray
     areas: IntArray
     queries: IntArray
+    could_wait: IntArray
     received: IntArray
     sent: IntArray
     own_keys_fill: NDArray[np.bool_]
@@ -67,10 +74,14 @@ class StageWork:
         first = np.flatnonzero(np.diff(source[by_band], prepend=-1) | np.diff(group[by_band], prepend=-1))
         q0, q1 = (pieces[by_band, column] for column in (Q0, Q1))
         rows = np.maximum.reduceat(q1, first) - np.minimum.reduceat(q0, first) if len(first) else first
+        local_areas = rank_areas(work, dispatch.owner, cp_size) - areas.sum(axis=0)
+        queries = np.minimum(by_stage(group[by_band[first]], rows), dispatch.local_seqlens)
+        share = queries[:1].sum(axis=0) / dispatch.local_seqlens
         return cls(
-            local_areas=rank_areas(work, dispatch.owner, cp_size) - areas.sum(axis=0),
+            local_areas=local_areas,
             areas=areas,
-            queries=np.minimum(by_stage(group[by_band[first]], rows), dispatch.local_seqlens),
+            queries=queries,
+            could_wait=(local_areas * share).astype(np.int64),
             received=by_stage(arriving.group, arriving.lengths),
             sent=by_stage(routes.owner * num_stages + routes.stage, routes.rows),
             own_keys_fill=own_keys_fill(work, dispatch),
@@ -86,6 +97,7 @@ class StageWork:
             local_areas=self.local_areas,
             areas=share(self.areas),
             queries=self.queries * (parts[:, None] > 0),
+            could_wait=self.could_wait,
             received=share(self.received),
             sent=share(self.sent),
             own_keys_fill=self.own_keys_fill,
@@ -98,11 +110,13 @@ class PassCosts:
 
     Attributes:
         local: Attention among a rank's own keys, ``(cp_size,)``.
-        stages: Attention with the rows of a stage, and merging it into what was there, ``(num_stages, ..., cp_size)``.
+        stages: Attention with the rows of a stage, ``(num_stages, ..., cp_size)``.
         casts: Sending a stage's keys and values, as long as the slowest rank takes, ``(num_stages, ...)``.
         reduces: Sending home a stage's dK and dV, the same; None in the forward pass.
         own_keys_fill: Whether a rank computes with its own keys when it would wait, in place of at once,
             ``(cp_size,)`` or for all.
+        merging: Merging the results of a stage into what was there, shaped as ``stages``; None in the backward pass.
+        could_wait: The part of ``local`` that may be computed together with the first stage, ``(cp_size,)``.
     """
 
     local: FloatArray
@@ -110,16 +124,23 @@ class PassCosts:
     casts: FloatArray
     reduces: FloatArray | None
     own_keys_fill: NDArray[np.bool_] | bool = False
+    merging: FloatArray | None = None
+    could_wait: FloatArray | float = 0.0
 
     @classmethod
     def forward(cls, work: StageWork, model: CostModel) -> "PassCosts":
         """The forward pass. A later stage reads and writes the float32 results of the queries that attend it."""
-        dim, dim_v = model.head_dims
-        per_cell = 2 * model.heads_q * (dim + dim_v) / (model.forward_tflops * 1e12)
+        dim_v, per_cell = model.head_dims[1], forward_seconds(model)
         per_query = 2 * 4 * model.heads_q * dim_v / model.hbm_bandwidth
-        stages = work.areas * per_cell + work.queries * per_query
-        stages += (work.areas > 0) * model.stage_overhead
-        return cls(work.local_areas * per_cell, stages, _collectives(work, model, model.element_bytes), None)
+        stages = work.areas * per_cell + (work.areas > 0) * model.stage_overhead
+        return cls(
+            work.local_areas * per_cell,
+            stages,
+            _collectives(work, model, model.element_bytes),
+            None,
+            merging=work.queries * per_query,
+            could_wait=work.could_wait * per_cell,
+        )
 
     @classmethod
     def backward(cls, work: StageWork, model: CostModel, grad_bytes: int) -> "PassCosts":
@@ -132,8 +153,29 @@ class PassCosts:
 
     def take(self, stages: IntArray) -> "PassCosts":
         """The costs when the n-th stage is ``stages[n]``, an array of shape ``(num_stages, ...)``."""
-        reduces = None if self.reduces is None else self.reduces[stages]
-        return replace(self, stages=self.stages[stages], casts=self.casts[stages], reduces=reduces)
+        reduces, merging = (None if costs is None else costs[stages] for costs in (self.reduces, self.merging))
+        return replace(self, stages=self.stages[stages], casts=self.casts[stages], reduces=reduces, merging=merging)
+
+    def joined(self, blocking: NDArray[np.bool_] | bool) -> "PassCosts":
+        """The costs as they are once queries wait for the first stage, see :mod:`magi_attention.planning.joining`.
+
+        Args:
+            blocking: Whether the first rows are waited for before anything is computed, ``(...)``.
+        """
+        if self.merging is None:
+            return self
+        stages, local = self.stages + self.merging, self.local
+        if len(stages):
+            meanwhile = np.where(blocking, 0.0, HIDDEN * self.casts[0])[..., None]
+            local = np.maximum(self.local - self.could_wait, np.minimum(self.local, meanwhile))
+            waiting = self.local - local
+            stages[0] += waiting - self.merging[0] * (waiting / np.maximum(self.could_wait, np.finfo(float).tiny))
+        return replace(self, local=local, stages=stages, merging=None)
+
+
+def forward_seconds(model: CostModel) -> float:
+    """Seconds of a cell in the forward pass."""
+    return 2 * model.heads_q * sum(model.head_dims) / (model.forward_tflops * 1e12)
 
 
 def grad_wire_bytes(dtype: GradWireDtype, model: CostModel) -> int:
@@ -142,7 +184,12 @@ def grad_wire_bytes(dtype: GradWireDtype, model: CostModel) -> int:
 
 
 def _collectives(work: StageWork, model: CostModel, element_bytes: int) -> FloatArray:
-    """Seconds of each stage's all-to-all of rows of keys and values; nothing where nothing travels."""
+    """Seconds of each stage's all-to-all of rows of keys and values."""
     rows = np.maximum(work.received.max(axis=-1), work.sent.max(axis=-1))
-    per_row = model.heads_kv * sum(model.head_dims) * element_bytes / model.bandwidth
+    return transfer_seconds(rows, model, element_bytes, model.bandwidth)
+
+
+def transfer_seconds(rows: IntArray, model: CostModel, element_bytes: int, bandwidth: float) -> FloatArray:
+    """Seconds of all-to-alls in which a rank sends or receives so many rows; nothing where nothing travels."""
+    per_row = model.heads_kv * sum(model.head_dims) * element_bytes / bandwidth
     return rows * per_row + (rows > 0) * model.latency

@@ -177,7 +177,7 @@ def _predict(
     passes = [PassCosts.forward(work, model), PassCosts.backward(work, model, grad_bytes)]
     if ways is not None:
         passes = [costs.take(ways) for costs in passes]
-    forward, backward = (replay(costs, blocking).ranks.max(axis=-1) for costs in passes)
+    forward, backward = (replay(costs.joined(blocking), blocking).ranks.max(axis=-1) for costs in passes)
     return forward, backward, model.forward_weight * forward + model.backward_weight * backward
 
 

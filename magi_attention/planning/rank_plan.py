@@ -35,12 +35,14 @@ class RankPlan(SharedPlan):
         local_bands: What the rank's queries attend among its own keys, in local rows.
         stages: The remote work, in order. Every rank has the same number of stages.
         own_keys_fill: Whether own keys fill what stages leave in the backward pass, if the engine allows it.
+        first_cast_rows: The most rows that any rank sends or receives in the first stage.
     """
 
     rank: int
     local_bands: IntArray
     stages: tuple[StagePlan, ...]
     own_keys_fill: bool
+    first_cast_rows: int
 
     @property
     def local_seqlen_q(self) -> int:

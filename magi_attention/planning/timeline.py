@@ -84,7 +84,8 @@ def predict_timeline(plan: AttnPlan, cost_model: CostModel | None = None) -> Tim
     model = plan.config.overlap_config.cost_model if cost_model is None else cost_model
     work = StageWork.measure(plan.mask, plan.work, plan.dispatch, plan.routes)
     grad_bytes = grad_wire_bytes(plan.config.grad_wire_dtype, model)
-    forward, backward = PassCosts.forward(work, model), PassCosts.backward(work, model, grad_bytes)
+    forward = PassCosts.forward(work, model).joined(plan.blocking)
+    backward = PassCosts.backward(work, model, grad_bytes)
     return Timeline(*(PassTimeline.of(replay(costs, plan.blocking)) for costs in (forward, backward)))
 
 

@@ -1,5 +1,8 @@
 """Agreement: find out that ranks were given different masks before they send rows that nobody expects."""
 
+import hashlib
+import socket
+
 import torch
 import torch.distributed as dist
 
@@ -9,19 +12,21 @@ from magi_attention.runtime.side_groups import host_group
 class Agreement:
     """Whether the ranks made a key from the same arguments: asked when it is made, and answered when it is used.
 
-    The digests travel between the hosts, 16 bytes a rank, hidden behind whatever comes next: nobody waits for a GPU
-    that is still busy with the step before.
+    What they tell each other, 24 bytes a rank, travels between the hosts, hidden behind whatever comes next: nobody
+    waits for a GPU that is still busy with the step before.
     """
 
     def __init__(self) -> None:
         self._work: dist.Work | None = None
         self._digests: list[torch.Tensor] = []
         self._problem: str | None = None
+        self.one_host = False
+        """Whether the ranks are processes of one host, as far as it has been settled."""
 
     def ask(self, digest: bytes, group: dist.ProcessGroup) -> None:
         """Start gathering the ranks' digests. What they made before does not count any more."""
         group = host_group(group)
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+        mine = torch.frombuffer(bytearray(digest + _host()), dtype=torch.int64)
         self._digests = [torch.empty_like(mine) for _ in range(group.size())]
         self._work = dist.all_gather(self._digests, mine, group=group, async_op=True)
         self._problem = None
@@ -34,10 +39,17 @@ class Agreement:
         """
         if self._work is not None:
             self._work.wait()
-            self._problem = _problem([tuple(digest.tolist()) for digest in self._digests])
+            *digests, hosts = zip(*(digest.tolist() for digest in self._digests), strict=True)
+            self._problem = _problem([*zip(*digests, strict=True)])
+            self.one_host = len(set(hosts)) == 1
             self._work = None
         if self._problem is not None:
             raise ValueError(self._problem)
+
+
+def _host() -> bytes:
+    """Stands for the name of this host."""
+    return hashlib.blake2b(socket.gethostname().encode(), digest_size=8).digest()
 
 
 def _problem(digests: list[tuple[int, ...]]) -> str | None:

@@ -12,7 +12,7 @@ from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.kernels.second_derivative import no_second_derivative
 from magi_attention.runtime.key_grads import KeyGrads
-from magi_attention.runtime.runtime import RankProgram
+from magi_attention.runtime.runtime import PassProgram, RankProgram
 from magi_attention.runtime.spans import span
 from magi_attention.runtime.stage_lane import StageLane, StageStream
 
@@ -22,7 +22,7 @@ class Stage(NamedTuple):
 
     Attributes:
         name: What traces call them.
-        exchange: What brought them; None for the rank's own.
+        exchange: What brought them, behind those of the rank's own that lie ahead; None for its own alone.
         schedule: The engine's, of the rank's queries and these keys.
         k: Keys.
         v: Values.
@@ -37,15 +37,16 @@ class Stage(NamedTuple):
     alone: bool
 
 
-def start_cast(number: int, k: torch.Tensor, v: torch.Tensor, program: RankProgram) -> Cast | None:
+def start_cast(number: int, k: torch.Tensor, v: torch.Tensor, program: PassProgram) -> Cast | None:
     """Start sending keys and values for the ``number``-th stage, counted from 1; None behind the last."""
     if number > len(program.stages):
         return None
     with span(f"cast {number}"):
-        return program.stages[number - 1].exchange.cast((k, v))
+        stage = program.stages[number - 1]
+        return stage.exchange.cast((k, v), stage.ahead)
 
 
-def all_stages(upcoming: Cast | None, k: torch.Tensor, v: torch.Tensor, program: RankProgram) -> Iterator[Stage]:
+def all_stages(upcoming: Cast | None, k: torch.Tensor, v: torch.Tensor, program: PassProgram) -> Iterator[Stage]:
     """The rank's own keys and values, then those of each stage as they arrive, the first of which are under way.
 
     While the caller computes with one stage, the rows of the next travel.
@@ -70,7 +71,7 @@ def beside_transfers(params: AttnParams, alone: bool) -> AttnParams:
 
 def stage_lane(q: torch.Tensor, program: RankProgram, params: AttnParams) -> StageLane:
     """Where the stages of a backward pass run."""
-    overlaps = program.stages and program.own_keys_fill and params.sm_margin == 0
+    overlaps = program.backward.stages and program.own_keys_fill and params.sm_margin == 0
     if overlaps and q.is_cuda and program.engine.adds_in_any_order(params):
         return StageStream(q.device)
     return StageLane()
@@ -94,7 +95,7 @@ class DistAttn(torch.autograd.Function):
         sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         state: State | None = None
-        for stage in all_stages(start_cast(1, k, v, program), k, v, program):
+        for stage in all_stages(start_cast(1, k, v, program.forward), k, v, program.forward):
             with span(f"forward {stage.name}"):
                 stage_params = beside_transfers(params, stage.alone)
                 state = program.engine.forward(q, stage.k, stage.v, stage.schedule, stage_params, state, sink)
@@ -119,9 +120,9 @@ class DistAttn(torch.autograd.Function):
         engine = program.engine
         lane = stage_lane(q, program, params)
         with lane.after(lane.now()):
-            upcoming = start_cast(1, k, v, program)
+            upcoming = start_cast(1, k, v, program.backward)
         query_grads = engine.start_backward(out, dout, lse, dlse, params, q.shape[2])
-        dtype = None if program.stages else k.dtype  # parts are added up before rounding
+        dtype = None if program.backward.stages else k.dtype  # parts are added up before rounding
         wire_dtype = k.dtype if program.rounds_grads else None
 
         def gradients(stage: Stage, alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,12 +131,12 @@ class DistAttn(torch.autograd.Function):
                 return engine.backward(query_grads, q, stage.k, stage.v, stage.schedule, stage_params, dtype)
 
         before_own_keys = lane.now()
-        stages = all_stages(upcoming, k, v, program)
+        stages = all_stages(upcoming, k, v, program.backward)
         del upcoming
         own_keys = next(stages)
         own_grads = gradients(own_keys, own_keys.alone)
         with lane.after(before_own_keys):
-            key_grads = KeyGrads(own_grads, apart=lane.overlaps and len(program.stages) > 1)
+            key_grads = KeyGrads(own_grads, apart=lane.overlaps and len(program.backward.stages) > 1)
             for stage in stages:
                 part = gradients(stage, stage.alone and not key_grads.under_way)
                 assert stage.exchange is not None

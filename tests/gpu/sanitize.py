@@ -31,8 +31,8 @@ def main() -> None:
                 q, dout, k, v = (torch.randn(SEQLEN, *x, dtype=torch.bfloat16, device="cuda") for x in sizes)
                 params = AttnParams(head_dim**-0.5)
                 schedule = engine.schedule(bands, SEQLEN, SEQLEN)
-                goes_on = Part(np.arange(SEQLEN) % 2 == 0)
-                first = engine.schedule(bands, SEQLEN, SEQLEN, goes_on)
+                part = Part(np.arange(SEQLEN) % 2 == 0, np.ones(SEQLEN, np.bool_))
+                first = engine.schedule(bands, SEQLEN, SEQLEN, part)
                 engine.forward(q, k, v, first, params, engine.forward(q, k, v, first, params))
                 # Few programs, so that each takes several windows.
                 engine.forward(q, k, v, schedule, replace(params, yields=True, sm_margin=130))

@@ -244,6 +244,16 @@ def test_parts_of_the_keys(engine: Engine, name: str, bounds: list[int], sink: b
     check_bound(run_in_parts(engine, problem, bounds), problem)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("bounds", [[300], [200, 300, 300], [300, 700]])
+def test_queries_that_wait_for_a_later_part(engine: Engine, bounds: list[int], head_dim: int) -> None:
+    """Documents of which some are in later parts only, and rows that attend nothing."""
+    mask = AttnMask.from_slices([(0, 300), (350, 900)], [(0, 300), (300, 800)], "causal", 1000, 800)
+    problem = problem_on_gpu(engine, mask, head_dim=head_dim)
+    problem = replace(problem, params=replace(problem.params, return_max_logits=True))
+    check_bound(run_in_parts(engine, problem, bounds), problem)
+
+
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
 @pytest.mark.parametrize("head_dim", [192, 256])
 @pytest.mark.parametrize("name", ["full", "varlen causal", "several intervals a row", "holes"])

@@ -9,14 +9,16 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.kernels.hopper.backward_items import Items
-from magi_attention.kernels.parts import Part, State
+from magi_attention.kernels.parts import Part, State, make_parts
 from magi_attention.mask import AttnMask, builders
+from magi_attention.mask.bands import relocate
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.strategies import masks
 
@@ -156,11 +158,36 @@ def test_parts_of_the_keys(engine: EmulatedEngine, name: str, bounds: list[int],
     check_bound(run_in_parts(engine, problem, bounds), problem)
 
 
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("bounds", [[90], [40, 90, 90], [90, 150]])
+def test_queries_that_wait_for_a_later_part(engine: EmulatedEngine, bounds: list[int], sink: bool) -> None:
+    """Documents of which some are in later parts only, and rows that attend nothing."""
+    mask = AttnMask.from_slices([(0, 90), (100, 230)], [(0, 90), (90, 200)], "causal", 240, 200)
+    problem = make_problem(mask)
+    problem = replace(problem, params=replace(problem.params, return_max_logits=True))
+    problem = problem.with_sink() if sink else problem
+    check_bound(run_in_parts(engine, problem, bounds), problem)
+
+
+def test_sums_are_there_where_a_query_has_some(engine: EmulatedEngine) -> None:
+    problem = make_problem(documents([90, 110]))
+    sizes = []
+    for bounds in ([90], [100]):
+        keys = np.array([[[0, bounds[0]]], [[bounds[0], 200]]])
+        bands = [relocate(problem.mask.bands, np.array([[0, 200]]), part) for part in keys]
+        schedule = engine.schedule(bands[0], 200, bounds[0], make_parts(bands, 200)[0])
+        k, v = (x[: bounds[0]] for x in (problem.k, problem.v))
+        state = engine.forward(problem.q, k, v, schedule, problem.params)
+        assert (state.lse[:, 100:] == -torch.inf).all() == (bounds == [90])
+        sizes.append(0 if state.sums is None else state.sums.numel())
+    assert sizes == [0, problem.q.numel()]
+
+
 def test_what_keys_add_nothing_to_is_kept_to_the_bit(engine: EmulatedEngine) -> None:
     """Rows of a window without keys, and rows without keys in a window with some."""
     problem = make_problem(AttnMask.from_slices([(70, 90)], [(0, 30)], "full", 200, 30), (2, 1))
     goes_on = torch.arange(200) >= 75
-    schedule = engine.schedule(problem.mask.bands, 200, 30, Part(goes_on.numpy()))
+    schedule = engine.schedule(problem.mask.bands, 200, 30, Part(goes_on.numpy(), np.ones(200, np.bool_)))
     begun, sums = torch.randn(2, 200), torch.randn(200, 2, 64)
     begun[:, 80:100] = -torch.inf
     before = State(torch.randn(200, 2, 64).bfloat16(), begun, sums)

@@ -28,6 +28,7 @@ from magi_attention.kernels.hopper.records import (
 )
 from magi_attention.kernels.hopper.walk import READ_AHEAD, SPARE_ENTRIES, Walk, build_walk, cut_long_windows
 from magi_attention.kernels.hopper.windows import MASK_COST, TILE_COST, WINDOW_COST
+from magi_attention.kernels.parts import Part
 from magi_attention.mask import AttnMask, builders
 from magi_attention.mask.bands import transpose
 from magi_attention.testing.mask_zoo import named_masks
@@ -71,7 +72,7 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
     bands = transpose(mask.bands) if transposed else mask.bands
     align = 4 if transposed and block_cols % 4 == 0 else 1
     goes_on = np.arange(dense.shape[0]) % 7 < 3
-    walk = build_walk(bands, *dense.shape, block_rows, block_cols, align, goes_on)
+    walk = build_walk(bands, *dense.shape, block_rows, block_cols, align, Part(goes_on, dense.any(1)))
     assert not (walk.entries[:, ENTRY_COLUMN] % align).any()
     num_rows, num_cols = dense.shape
     assert (walk.num_rows, walk.num_cols) == dense.shape
@@ -83,7 +84,9 @@ def check(mask: AttnMask, block_rows: int, block_cols: int, transposed: bool = F
     assert sorted(i for first, rows, *_ in windows.tolist() for i in range(first, first + rows)) == [*range(num_rows)]
     assert ((windows[:, WINDOW_ROWS] >= 1) & (windows[:, WINDOW_ROWS] <= block_rows)).all()
     assert (np.diff(windows[:, WINDOW_TILES]) <= 0).all(), "the heaviest window comes first"
-    same = np.diff(windows[:, WINDOW_TILES]) == 0
+    waits = [not dense[a : a + n].any() and goes_on[a : a + n].all() for a, n, *_ in windows.tolist()]
+    assert sorted(waits) == waits and sum(waits) == walk.num_waiting, "what waits for a later part comes last"
+    same = (np.diff(windows[:, WINDOW_TILES]) == 0) & (np.diff(waits) == 0)
     assert (np.diff(windows[:, WINDOW_ROW])[same] > 0).all(), "windows of one weight keep their order"
     for padded in (walk.starts, walk.ends):
         assert padded.shape[1] >= max(windows[:, WINDOW_ROW], default=0) + block_rows + READ_AHEAD

@@ -23,19 +23,19 @@ def see_otherwise(mask: MaskView, block_rows: int, block_cols: int, device: torc
 
 
 def make_schedule() -> LazySchedule:
-    return LazySchedule(MASK.bands, 20, 40, Part(np.arange(20) < 5))
+    return LazySchedule(MASK.bands, 20, 40, Part(np.arange(20) < 5, np.arange(20) < 10))
 
 
 def test_walks_see_the_mask_from_queries_or_from_keys() -> None:
     schedule = make_schedule()
-    (bands, *sizes, goes_on), *rest = schedule.by_queries(see, 16, 8, CPU)
+    (bands, *sizes, part), *rest = schedule.by_queries(see, 16, 8, CPU)
     np.testing.assert_array_equal(bands, MASK.bands)
-    assert schedule.part is not None and goes_on is schedule.part.goes_on
+    assert part is schedule.part is not None
     assert (sizes, rest) == ([20, 40], [16, 8, CPU])
 
-    (bands, *sizes, goes_on), *rest = schedule.by_keys(see, 16, 8, CPU)
+    (bands, *sizes, part), *rest = schedule.by_keys(see, 16, 8, CPU)
     np.testing.assert_array_equal(bands, transpose(MASK.bands))
-    assert goes_on is None, "of keys, all queries are there"
+    assert part is None, "of keys, all queries are there"
     assert (sizes, rest) == ([40, 20], [16, 8, CPU])
 
 
@@ -59,7 +59,8 @@ def test_walks_are_not_pickled() -> None:
     schedule.by_queries(see, 16, 8, CPU)
     assert len(pickle.dumps(schedule)) == size
     again = pickle.loads(pickle.dumps(schedule))
-    (bands, *sizes, goes_on), *_ = again.by_queries(see, 16, 8, CPU)
+    (bands, *sizes, part), *_ = again.by_queries(see, 16, 8, CPU)
     np.testing.assert_array_equal(bands, MASK.bands)
-    np.testing.assert_array_equal(goes_on, np.arange(20) < 5)
+    np.testing.assert_array_equal(part.goes_on, np.arange(20) < 5)
+    np.testing.assert_array_equal(part.begun, np.arange(20) < 10)
     assert sizes == [20, 40]

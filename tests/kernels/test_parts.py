@@ -26,6 +26,8 @@ def test_rows_that_attend_a_later_part(mask: AttnMask, cuts: list[int]) -> None:
     parts = make_parts([relocate(mask.bands, whole, np.array([span])) for span in spans], num_rows)
     for part, (_, end) in zip(parts, spans, strict=True):
         assert (part.goes_on == dense[:, end:].any(1)).all()
+        assert (part.begun == dense[:, :end].any(1)).all()
+        assert (part.waits == (dense.any(1) & ~dense[:, :end].any(1))).all()
         assert part.is_last == (not dense[:, end:].any())
 
 

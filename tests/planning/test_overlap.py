@@ -164,11 +164,19 @@ def slow_seconds(work: StageWork, config: DistAttnConfig, blocking: bool = False
 
         def seconds(op: Op, rank: int | None, backward: bool = backward, per_cell: float = per_cell) -> float:
             kind, n = op
+            waiting = 0.0
+            if kind == "attend" and not backward and len(work.areas):
+                meanwhile = 0 if blocking else 2 * seconds(("cast", 0), None)
+                own, could_wait = work.local_areas[rank] * per_cell, work.could_wait[rank] * per_cell
+                waiting = min(could_wait, max(0, own - meanwhile))
             if n is None:
-                return work.local_areas[rank] * per_cell
+                return work.local_areas[rank] * per_cell - waiting
             if kind == "attend":
                 area = work.areas[n, rank]
                 merging = 0 if backward else work.queries[n, rank] * 16 * 4 * 2 / model.hbm_bandwidth
+                if n == 0 and waiting:
+                    merging *= 1 - waiting / could_wait
+                    merging += waiting
                 return area * per_cell + merging + (area > 0) * model.stage_overhead
             rows = max(work.received[n].max(), work.sent[n].max())
             row_bytes = 2 * 16 * (4 if kind == "reduce" else 2)
@@ -301,4 +309,21 @@ def test_costs_of_the_forward_pass_count_merging() -> None:
     work = measure(plan, plan.routes)
     model = plan.config.overlap_config.cost_model
     slow_memory = CostModel(**{**SMALL, "hbm_bandwidth": 1e3})
-    assert (PassCosts.forward(work, slow_memory).stages > PassCosts.forward(work, model).stages).all()
+    fast, slow = (PassCosts.forward(work, costs).joined(blocking=False) for costs in (model, slow_memory))
+    assert (slow.stages > fast.stages).all()
+
+
+def test_queries_that_wait_for_the_first_stage_are_merged_into_nothing() -> None:
+    """But where rows travel for so long that own keys are all needed meanwhile, and where nothing waits."""
+    plan = plan_attention(builders.causal(2048), 4, 16, config=dynamic())
+    work = measure(plan, plan.routes)
+    fast, slow = (CostModel(**{**SMALL, "bandwidth": bandwidth, "latency": 0.0}) for bandwidth in (1e30, 1.0))
+    costs = PassCosts.forward(work, fast)
+    joined = costs.joined(blocking=False)
+    np.testing.assert_allclose(joined.local, costs.local - costs.could_wait, atol=1e-20)
+    np.testing.assert_allclose(joined.stages[0], costs.stages[0] + costs.could_wait, atol=1e-20)
+    costs = PassCosts.forward(work, slow)
+    joined = costs.joined(blocking=False)
+    np.testing.assert_allclose(joined.local, costs.local)
+    np.testing.assert_allclose(joined.stages, costs.stages + costs.merging)
+    np.testing.assert_allclose(costs.joined(blocking=True).local, costs.local - costs.could_wait)

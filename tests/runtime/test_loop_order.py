@@ -45,7 +45,7 @@ class Recorder:
         return torch.zeros(4, 2, 8)
 
     def exchange(self, stage: int) -> SimpleNamespace:
-        def cast(tensors: Sequence[torch.Tensor]) -> SimpleNamespace:
+        def cast(tensors: Sequence[torch.Tensor], ahead: None) -> SimpleNamespace:
             self.ops.append(("cast", stage))
             wait = lambda: self.ops.append(("wait cast", stage)) or tensors  # noqa: E731
             return SimpleNamespace(wait=wait, transfer=SimpleNamespace(wait=wait))
@@ -58,9 +58,10 @@ class Recorder:
 
 
 def make_program(recorder: Recorder, num_stages: int, blocking: bool) -> SimpleNamespace:
-    stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n) for n in range(num_stages)]
-    ways = {"blocking": blocking, "own_keys_fill": not blocking, "rounds_grads": False}
-    return SimpleNamespace(engine=recorder, local=None, stages=stages, **ways)
+    stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n, ahead=None) for n in range(num_stages)]
+    either = SimpleNamespace(local=None, stages=stages, blocking=blocking)
+    ways = {"own_keys_fill": not blocking, "rounds_grads": False}
+    return SimpleNamespace(engine=recorder, forward=either, backward=either, **ways)
 
 
 def in_order_of_posting(program: list[Op]) -> list[Op]:
@@ -130,7 +131,8 @@ def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def where(**changes: Any) -> object:
         case = SimpleNamespace(**(usual | changes))
         q = SimpleNamespace(is_cuda=case.is_cuda, device="cuda")
-        program = SimpleNamespace(stages=case.stages, own_keys_fill=case.own_keys_fill, engine=engine)
+        stages = SimpleNamespace(stages=case.stages)
+        program = SimpleNamespace(backward=stages, own_keys_fill=case.own_keys_fill, engine=engine)
         return dist_attn.stage_lane(q, program, case.params)  # type: ignore[arg-type]
 
     assert where() == "stream"
@@ -149,5 +151,5 @@ def test_own_keys_fill_where_the_plan_says_so() -> None:
     config = DistAttnConfig(dispatch_config=DispatchConfig(order="contiguous"))
     plan = plan_attention(builders.varlen([0, 256, *range(272, 513, 16)], causal=True), 2, 32, config=config)
     group: Any = SimpleNamespace(exchange=lambda *args: None)
-    programs = [RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu")) for rank in range(2)]
+    programs = [RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu"), False) for rank in range(2)]
     assert [program.own_keys_fill for program in programs] == plan.own_keys_fill.tolist() == [False, True]

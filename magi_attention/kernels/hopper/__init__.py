@@ -73,9 +73,13 @@ def forward(
     """See :meth:`magi_attention.kernels.engine.Engine.forward`."""
     from magi_attention.kernels.hopper.launch import launch_forward
 
-    is_later = state is not None
+    part, is_later = schedule.part, state is not None
     if state is None:
-        state = State.empty(q, v.shape[2], schedule.part, params.return_max_logits)
+        # A query that waits for a later part has nothing to keep, but its part of a sink.
+        keeps = part is not None and bool((part.goes_on if sink is not None else part.goes_on & part.begun).any())
+        state = State.empty(q, v.shape[2], keeps, params.return_max_logits)
+    elif state.sums is None and part is not None and not part.is_last:
+        state = state._replace(sums=torch.empty_like(state.out, dtype=torch.float32))
     launch_forward(q, k, v, schedule, params, state, is_later, sink)
     return state
 

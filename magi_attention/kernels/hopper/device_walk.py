@@ -19,7 +19,7 @@ ALIGN = 4
 
 def make_query_walk(mask: MaskView, block_q: int, block_k: int, device: torch.device) -> "DeviceWalk":
     """The walk over windows of queries, see :class:`~magi_attention.kernels.lazy_schedule.LazySchedule`."""
-    walk = build_walk(mask.bands, mask.num_rows, mask.num_cols, block_q, block_k, goes_on=mask.goes_on)
+    walk = build_walk(mask.bands, mask.num_rows, mask.num_cols, block_q, block_k, part=mask.part)
     return DeviceWalk.copy(walk, device)
 
 
@@ -61,6 +61,11 @@ class DeviceWalk:
     def num_busy(self) -> int:
         """How many windows, all at the front, have tiles."""
         return int(np.count_nonzero(self.walk.windows[:, WINDOW_TILES]))
+
+    @cached_property
+    def num_begun(self) -> int:
+        """How many windows, all at the front, have tiles, or a row that has none in any later part of the columns."""
+        return len(self.walk.windows) - self.walk.num_waiting
 
     def in_pieces(self, most_tiles: int) -> "DeviceWalk":
         """The walk with windows of at most ``most_tiles`` tiles."""

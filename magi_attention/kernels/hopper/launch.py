@@ -62,7 +62,14 @@ def launch_forward(
     pack = 2 if group % 2 == 0 else 1
     walk = schedule.by_queries(make_query_walk, 2 * CONSUMER_ROWS // pack, shape.block_k, q.device)
     heads = heads_at_a_time(heads_kv, 2 * num_keys * sum(dims)) * (group // pack)
-    num_windows = walk.num_busy if is_later else len(walk.windows)
+    if is_later:
+        num_windows = walk.num_busy
+    elif sink is not None:
+        num_windows = len(walk.windows)
+    else:
+        num_windows = walk.num_begun
+        if num_windows < len(walk.windows):
+            fill_lse(state)
     if num_windows == 0:
         return
     programs = num_programs(q.device, params)
@@ -80,7 +87,7 @@ def launch_forward(
         tiles(out, (CONSUMER_ROWS, 1, min(columns.v, shape.out_columns))),
         Out(
             rows(out),
-            rows(out if sums is None else sums),
+            rows(out)._replace(ptr=lse) if sums is None else rows(sums),  # without sums neither read nor written
             lse,
             num_rows,
             row_max,
@@ -99,6 +106,13 @@ def launch_forward(
         LAYERED=len(walk.starts) > 1,
         PART=(LATER_PART if is_later else WHOLE if sums is None else FIRST_PART).value,
     )
+
+
+def fill_lse(state: State) -> None:
+    """Write that queries have attended nothing yet, for those that no window is computed of."""
+    state.lse.fill_(-torch.inf)
+    if state.row_max is not None:
+        state.row_max.fill_(-torch.inf)
 
 
 def fill_without_keys(state: State, sink: torch.Tensor | None) -> None:

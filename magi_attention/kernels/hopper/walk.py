@@ -10,7 +10,6 @@ Rows are queries and columns keys, or, for a walk over the transposed mask, the 
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from magi_attention.kernels.hopper.records import (
     ENDS,
@@ -31,6 +30,7 @@ from magi_attention.kernels.hopper.records import (
 )
 from magi_attention.kernels.hopper.windows import cut_windows
 from magi_attention.kernels.mask_geometry import Int32Array, column_runs, layer_intervals, split_layers
+from magi_attention.kernels.parts import Part
 from magi_attention.mask.bands import Q0, Q1, IntArray, crop, ranges_to_indices, row_intervals, tighten
 
 READ_AHEAD = 64
@@ -52,7 +52,8 @@ class Walk:
 
     Attributes:
         windows: int32 ``(num_windows, WINDOW_SIZE)``, most tiles first: first row, number of rows, first entry, number
-            of tiles, flags. Windows share no row and hold every row.
+            of tiles, flags. Windows share no row and hold every row. Those of which each row has all of its columns in
+            later parts come last.
         entries: int32 ``(num_entries + SPARE_ENTRIES, ENTRY_SIZE)``: first column of the last tile, number of tiles, a
             code of their layer and flags, 0. A kernel visits the tiles of an entry at ``block_cols`` columns less each;
             then the next entry, until it has seen the window's number of tiles. Layers and their columns descend
@@ -65,6 +66,7 @@ class Walk:
         num_rows: Number of rows.
         num_cols: Number of columns.
         block_cols: Columns of a tile.
+        num_waiting: Number of windows of which each row has all of its columns in later parts.
     """
 
     windows: Int32Array
@@ -74,6 +76,7 @@ class Walk:
     num_rows: int
     num_cols: int
     block_cols: int
+    num_waiting: int = 0
 
 
 def build_walk(
@@ -83,7 +86,7 @@ def build_walk(
     block_rows: int,
     block_cols: int,
     align: int = 1,
-    goes_on: NDArray[np.bool_] | None = None,
+    part: Part | None = None,
 ) -> Walk:
     """Compile bands that share no cell.
 
@@ -94,7 +97,7 @@ def build_walk(
         block_rows: Most rows of a window.
         block_cols: Columns of a tile, a multiple of ``align``.
         align: Tiles begin at multiples of it.
-        goes_on: Which rows have columns in a later part of the columns, ``(num_rows,)``; None for no row.
+        part: Which part of the columns these are; None for all.
     """
     bands, layer = split_layers(tighten(bands)[0])
     starts, ends = layer_intervals(bands, layer, num_rows + block_rows + READ_AHEAD)
@@ -107,19 +110,20 @@ def build_walk(
     weight = np.bincount(window, entries[:, ENTRY_TILES], num_windows).astype(np.int64)
     first_entry = np.searchsorted(-window, -np.arange(num_windows))
     first_entry[weight == 0] = len(entries)
-    flags = np.full(num_windows, ENDS)
-    if goes_on is not None:
-        num_rows_on = np.add.reduceat(goes_on, bounds[:-1], dtype=np.int64)
-        flags = np.where(num_rows_on > 0, GOES_ON, 0) | np.where(num_rows_on < np.diff(bounds), ENDS, 0)
+    flags, waits = np.full(num_windows, ENDS), np.zeros(num_windows, np.bool_)
+    if part is not None:
+        going = np.add.reduceat(part.goes_on, bounds[:-1], dtype=np.int64)
+        flags = np.where(going > 0, GOES_ON, 0) | np.where(going < np.diff(bounds), ENDS, 0)
+        waits = np.logical_and.reduceat(part.waits, bounds[:-1])
     windows = np.empty((num_windows, WINDOW_SIZE), np.int32)
     windows[:, WINDOW_ROW], windows[:, WINDOW_ROWS] = bounds[:-1], np.diff(bounds)
     windows[:, WINDOW_ENTRY], windows[:, WINDOW_TILES], windows[:, WINDOW_FLAGS] = first_entry, weight, flags
     # The longest first, so that none is left to run alone (Graham 1969).
-    windows = windows[np.argsort(-weight, kind="stable")]
+    windows = windows[np.lexsort((waits, -weight))]
     spare = np.zeros((SPARE_ENTRIES, ENTRY_SIZE), np.int64)
     spare[:, ENTRY_TILES], spare[:, ENTRY_CODE] = 1, ROW_ENDS_INSIDE
     entries = np.concatenate((entries, spare))
-    return Walk(windows, entries.astype(np.int32), starts, ends, num_rows, num_cols, block_cols)
+    return Walk(windows, entries.astype(np.int32), starts, ends, num_rows, num_cols, block_cols, int(waits.sum()))
 
 
 def cut_long_windows(walk: Walk, most_tiles: int) -> Walk:

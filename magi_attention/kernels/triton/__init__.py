@@ -78,7 +78,7 @@ def forward(
 
     launch, part = Launch.of(q, k, v, schedule, params), schedule.part
     if state is None:
-        state = State.empty(q, v.shape[2], part, params.return_max_logits)
+        state = State.empty(q, v.shape[2], part is not None and not part.is_last, params.return_max_logits)
         launch_forward(launch, state, sink, merge=False)
         return state
     assert part is not None

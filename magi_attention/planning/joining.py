@@ -1,0 +1,113 @@
+"""Joining: which queries attend their own keys together with the rows of the first stage, in one call.
+
+A query that attends own keys in one call and received rows in another has its sums written and read once more between
+the two, in float32, which takes as long as the whole of some short passes. So queries that attend rows of the first
+stage wait for these, and the keys that the rank has itself are copied in front of them: far fewer bytes, where several
+query heads share a key head. The other queries are attended before, while rows travel. If that is too little to do
+meanwhile, some of those that could wait do not.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.config import CostModel
+from magi_attention.mask.bands import (
+    K0,
+    K1,
+    IntArray,
+    area,
+    attending_rows,
+    crop,
+    merge_runs,
+    ranges_to_indices,
+    relocate,
+    shift,
+)
+from magi_attention.planning.cost_model import HIDDEN, forward_seconds, transfer_seconds
+from magi_attention.planning.rank_plan import RankPlan
+
+NETWORK_CARD = 50e9
+"""Bytes a second between hosts at the most, whatever the cost model says: 400 Gbit/s."""
+
+GRAIN = 256
+"""Neighbouring queries of which all wait, or none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The first two calls of a forward pass, where some queries wait for the second one.
+
+    Attributes:
+        early: What the others attend among the rank's own keys, in local rows.
+        ahead: Local rows of keys, ascending, that lie in front of the received ones.
+        bands: What all queries attend in that buffer, in local rows and buffer rows.
+    """
+
+    early: IntArray
+    ahead: IntArray
+    bands: IntArray
+
+
+def join_first_stage(plan: RankPlan, one_host: bool) -> Joined | None:
+    """Choose the queries that wait for the first stage.
+
+    Args:
+        plan: The rank's plan.
+        one_host: Whether the rows travel inside of a host.
+
+    Returns:
+        What is attended in which call; None if no query waits.
+    """
+    if not plan.stages:
+        return None
+    stage, own = plan.stages[0], plan.local_bands
+    could_wait = _runs(attending_rows(stage.bands, plan.local_seqlen_q))
+    waiting = choose_waiting(own, could_wait, 0 if plan.blocking else _cells_meanwhile(plan, one_host))
+    joined, *_ = crop(own, *waiting.T)
+    if not len(joined):
+        return None
+    others = np.concatenate(([0], waiting.ravel(), [plan.local_seqlen_q])).reshape(-1, 2)
+    keys = merge_runs(joined[:, [K0, K1]])
+    ahead = ranges_to_indices(keys[:, 0], keys[:, 1] - keys[:, 0])
+    in_front = relocate(joined, np.array([[0, plan.local_seqlen_q]]), keys)
+    return Joined(
+        early=crop(own, *others[others[:, 0] < others[:, 1]].T)[0],
+        ahead=ahead,
+        bands=np.concatenate((in_front, shift(stage.bands, 0, len(ahead)))),
+    )
+
+
+def choose_waiting(own: IntArray, could_wait: IntArray, kept: float) -> IntArray:
+    """The runs of queries that wait.
+
+    Args:
+        own: What queries attend among the rank's own keys.
+        could_wait: ``(start, end)`` of the runs of queries to choose from, ascending.
+        kept: Cells that are to be left to the other queries, if there are as many. Queries with the most of them
+            are the first that do not wait, so that there are few.
+    """
+    length = could_wait[:, 1] - could_wait[:, 0]
+    pieces = -(-length // GRAIN)
+    start = np.repeat(could_wait[:, 0], pieces) + GRAIN * ranges_to_indices(np.zeros_like(pieces), pieces)
+    runs = np.stack((start, np.minimum(start + GRAIN, np.repeat(could_wait[:, 1], pieces))), axis=1)
+    cut, run, _ = crop(own, *runs.T)
+    cells = np.bincount(run, area(cut), len(runs))
+    missing = kept - (area(own).sum() - cells.sum())
+    most_first = np.argsort(-cells / (runs[:, 1] - runs[:, 0]), kind="stable")
+    before = np.cumsum(cells[most_first]) - cells[most_first]
+    return merge_runs(runs[most_first[before >= missing]])
+
+
+def _cells_meanwhile(plan: RankPlan, one_host: bool) -> float:
+    """Cells that are computed in the time that is kept for the first cast."""
+    model: CostModel = plan.config.overlap_config.cost_model
+    bandwidth = model.bandwidth if one_host else min(model.bandwidth, NETWORK_CARD)
+    rows = np.array(plan.first_cast_rows)
+    return HIDDEN * float(transfer_seconds(rows, model, model.element_bytes, bandwidth)) / forward_seconds(model)
+
+
+def _runs(rows: NDArray[np.bool_]) -> IntArray:
+    """``(start, end)`` of the runs of True."""
+    return np.flatnonzero(np.diff(rows, prepend=False, append=False)).reshape(-1, 2)
