@@ -189,6 +189,8 @@ class RecordedEngine:
     def __init__(self, engine: Engine, recorder: Recorder) -> None:
         self._engine, self._recorder = engine, recorder
 
+    parts_side_by_side = False
+
     def adds_in_any_order(self, *args: Any) -> bool:
         """Whatever the engine may do, its steps are timed one after the other."""
         return False

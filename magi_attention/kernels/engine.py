@@ -29,6 +29,10 @@ class Engine(BackwardPass, Protocol):
     def name(self) -> str:
         """What users call it."""
 
+    @property
+    def parts_side_by_side(self) -> bool:
+        """Whether :meth:`forward` may run over several parts of the keys at a time that are apart."""
+
     def __hash__(self) -> int:
         """An engine is itself and no other."""
 

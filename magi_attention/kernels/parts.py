@@ -22,22 +22,21 @@ class Part:
     """One of the parts that the keys come in.
 
     Attributes:
-        goes_on: Which queries attend keys of a later part, bool ``(num_rows,)``.
-        begun: Which queries attend keys of this part or of one before, bool ``(num_rows,)``.
+        attends: Which queries attend keys of this part, bool ``(num_rows,)``.
+        goes_on: Which queries attend keys of a later part.
+        waits: Which of these attend none of this part, and of none before.
+        apart: Whether no query attends two of the parts, and some the first. Then parts need nothing from each other.
     """
 
+    attends: NDArray[np.bool_]
     goes_on: NDArray[np.bool_]
-    begun: NDArray[np.bool_]
+    waits: NDArray[np.bool_]
+    apart: bool
 
     @cached_property
     def is_last(self) -> bool:
         """Whether no query attends a later part."""
         return not self.goes_on.any()
-
-    @cached_property
-    def waits(self) -> NDArray[np.bool_]:
-        """Which queries have all of their keys in later parts, bool ``(num_rows,)``."""
-        return self.goes_on & ~self.begun
 
 
 def make_parts(bands: Sequence[IntArray], num_rows: int) -> list[Part]:
@@ -50,8 +49,9 @@ def make_parts(bands: Sequence[IntArray], num_rows: int) -> list[Part]:
     attending = np.array([attending_rows(part, num_rows) for part in bands])
     begun = np.logical_or.accumulate(attending)
     up_to_end = np.logical_or.accumulate(attending[::-1])[::-1]
-    goes_on = [*up_to_end[1:], np.zeros(num_rows, np.bool_)]
-    return [Part(*part) for part in zip(goes_on, begun, strict=True)]
+    goes_on = np.concatenate((up_to_end[1:], np.zeros((1, num_rows), np.bool_)))
+    apart = len(bands) > 1 and bool(attending[0].any()) and attending.sum(axis=0).max() == 1
+    return [Part(*part, apart) for part in zip(attending, goes_on, goes_on & ~begun, strict=True)]
 
 
 class State(NamedTuple):

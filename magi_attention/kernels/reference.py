@@ -33,6 +33,7 @@ MAX_SCORES = 1 << 19
 LN2 = math.log(2)
 
 name = "reference"
+parts_side_by_side = False
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Function = TypeVar("Function", bound=Callable[..., Any])

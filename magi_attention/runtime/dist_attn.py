@@ -69,12 +69,21 @@ def beside_transfers(params: AttnParams, alone: bool) -> AttnParams:
     return replace(params, sm_margin=0) if alone else replace(params, yields=params.sm_margin == 0)
 
 
-def stage_lane(q: torch.Tensor, program: RankProgram, params: AttnParams) -> StageLane:
+def forward_lane(q: torch.Tensor, program: RankProgram, params: AttnParams) -> StageLane:
+    """Where the stages of a forward pass run."""
+    overlaps = program.forward.apart and not program.forward.blocking
+    return _lane(q, params, overlaps and program.engine.parts_side_by_side)
+
+
+def backward_lane(q: torch.Tensor, program: RankProgram, params: AttnParams) -> StageLane:
     """Where the stages of a backward pass run."""
-    overlaps = program.backward.stages and program.own_keys_fill and params.sm_margin == 0
-    if overlaps and q.is_cuda and program.engine.adds_in_any_order(params):
-        return StageStream(q.device)
-    return StageLane()
+    overlaps = bool(program.backward.stages) and program.own_keys_fill
+    return _lane(q, params, overlaps and program.engine.adds_in_any_order(params))
+
+
+def _lane(q: torch.Tensor, params: AttnParams, overlaps: bool) -> StageLane:
+    """A stream for stages, if they may run beside own keys, and programs need not leave room for others."""
+    return StageStream(q.device) if overlaps and q.is_cuda and params.sm_margin == 0 else StageLane()
 
 
 class DistAttn(torch.autograd.Function):
@@ -94,12 +103,21 @@ class DistAttn(torch.autograd.Function):
         params: AttnParams,
         sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        state: State | None = None
-        for stage in all_stages(start_cast(1, k, v, program.forward), k, v, program.forward):
+        def attend(stage: Stage, state: State | None) -> State:
             with span(f"forward {stage.name}"):
                 stage_params = beside_transfers(params, stage.alone)
-                state = program.engine.forward(q, stage.k, stage.v, stage.schedule, stage_params, state, sink)
-        assert state is not None
+                return program.engine.forward(q, stage.k, stage.v, stage.schedule, stage_params, state, sink)
+
+        lane = forward_lane(q, program, params)
+        with lane.after(lane.now()):
+            upcoming = start_cast(1, k, v, program.forward)
+        before_own_keys = lane.now()
+        stages = all_stages(upcoming, k, v, program.forward)
+        del upcoming
+        state = attend(next(stages), None)
+        with lane.after(before_own_keys):
+            for stage in stages:
+                state = attend(stage, state)
         out, lse, *_ = state
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sink, out, lse)
@@ -118,7 +136,7 @@ class DistAttn(torch.autograd.Function):
         q, k, v, sink, out, lse = ctx.saved_tensors
         program, params = ctx.program, ctx.params
         engine = program.engine
-        lane = stage_lane(q, program, params)
+        lane = backward_lane(q, program, params)
         with lane.after(lane.now()):
             upcoming = start_cast(1, k, v, program.backward)
         query_grads = engine.start_backward(out, dout, lse, dlse, params, q.shape[2])

@@ -47,11 +47,13 @@ class PassProgram:
         local: The engine's schedule of what queries attend among the rank's own keys alone.
         stages: The remote work, in order.
         blocking: Whether to wait for remote rows before computing anything.
+        apart: Whether no query attends both own keys in ``local`` and rows of a stage, or of two stages.
     """
 
     local: Any
     stages: tuple[StageProgram, ...]
     blocking: bool
+    apart: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ class RankProgram:
             stages = [StageProgram(*stage) for stage in zip(exchanges, schedules, strict=True)]
             if ahead is not None:
                 stages[0] = replace(stages[0], ahead=copy_indices([ahead], device)[0])
-            return PassProgram(own, tuple(stages), plan.blocking)
+            return PassProgram(own, tuple(stages), plan.blocking, parts[0].apart)
 
         bands = [stage.bands for stage in plan.stages]
         forward = backward = compile_pass(plan.local_bands, bands, None)

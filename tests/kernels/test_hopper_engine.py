@@ -169,6 +169,41 @@ def test_queries_that_wait_for_a_later_part(engine: EmulatedEngine, bounds: list
     check_bound(run_in_parts(engine, problem, bounds), problem)
 
 
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("name", ["documents", "between others", "holes"])
+def test_parts_that_are_apart_in_any_order(engine: EmulatedEngine, name: str, sink: bool) -> None:
+    """Each writes its own queries and no other, whichever comes first."""
+    slices = {
+        "documents": ([(0, 90), (90, 230)], [(0, 90), (90, 230)]),
+        "between others": ([(0, 60), (130, 230), (60, 130)], [(0, 60), (40, 90), (90, 230)]),
+        "holes": ([(10, 60), (130, 200), (70, 71), (72, 120), (220, 230)], [(0, 90)] * 2 + [(90, 100)] * 3),
+    }[name]
+    problem = make_problem(AttnMask.from_slices(*slices, "full", 230, 230))
+    problem = replace(problem, params=replace(problem.params, return_max_logits=True))
+    problem = problem.with_sink() if sink else problem
+    keys = [[0, 90], [90, 230]]
+    bands = [relocate(problem.mask.bands, np.array([[0, 230]]), np.array([part])) for part in keys]
+    schedules = [
+        engine.schedule(part_bands, 230, end - start, part)
+        for (start, end), part_bands, part in zip(keys, bands, make_parts(bands, 230), strict=True)
+    ]
+    assert all(schedule.part.apart for schedule in schedules)
+
+    def attend(number: int, state: State | None) -> State:
+        k, v = (x[slice(*keys[number])] for x in (problem.k, problem.v))
+        return engine.forward(problem.q, k, v, schedules[number], problem.params, state, problem.sink)
+
+    in_order = attend(1, attend(0, None))
+    assert in_order.sums is None
+    check_bound(run_in_parts(engine, problem, [90]), problem)
+    waits = torch.from_numpy(schedules[0].part.waits)
+    other = State(*(None if x is None else torch.full_like(x, 7.0) for x in in_order))
+    attend(1, other)
+    out, lse = other.out, other.lse
+    assert (out[~waits] == 7).all() and (lse[:, ~waits] == 7).all()
+    assert torch.equal(out[waits], in_order.out[waits]) and torch.equal(lse[:, waits], in_order.lse[:, waits])
+
+
 def test_sums_are_there_where_a_query_has_some(engine: EmulatedEngine) -> None:
     problem = make_problem(documents([90, 110]))
     sizes = []
@@ -178,7 +213,6 @@ def test_sums_are_there_where_a_query_has_some(engine: EmulatedEngine) -> None:
         schedule = engine.schedule(bands[0], 200, bounds[0], make_parts(bands, 200)[0])
         k, v = (x[: bounds[0]] for x in (problem.k, problem.v))
         state = engine.forward(problem.q, k, v, schedule, problem.params)
-        assert (state.lse[:, 100:] == -torch.inf).all() == (bounds == [90])
         sizes.append(0 if state.sums is None else state.sums.numel())
     assert sizes == [0, problem.q.numel()]
 
@@ -187,7 +221,8 @@ def test_what_keys_add_nothing_to_is_kept_to_the_bit(engine: EmulatedEngine) -> 
     """Rows of a window without keys, and rows without keys in a window with some."""
     problem = make_problem(AttnMask.from_slices([(70, 90)], [(0, 30)], "full", 200, 30), (2, 1))
     goes_on = torch.arange(200) >= 75
-    schedule = engine.schedule(problem.mask.bands, 200, 30, Part(goes_on.numpy(), np.ones(200, np.bool_)))
+    part = Part(problem.mask.to_dense().any(1), goes_on.numpy(), waits=np.zeros(200, np.bool_), apart=False)
+    schedule = engine.schedule(problem.mask.bands, 200, 30, part)
     begun, sums = torch.randn(2, 200), torch.randn(200, 2, 64)
     begun[:, 80:100] = -torch.inf
     before = State(torch.randn(200, 2, 64).bfloat16(), begun, sums)

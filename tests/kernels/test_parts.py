@@ -24,11 +24,13 @@ def test_rows_that_attend_a_later_part(mask: AttnMask, cuts: list[int]) -> None:
     whole = np.array([[0, num_rows]])
     spans = list(pairwise(bounds))
     parts = make_parts([relocate(mask.bands, whole, np.array([span])) for span in spans], num_rows)
-    for part, (_, end) in zip(parts, spans, strict=True):
+    for part, (start, end) in zip(parts, spans, strict=True):
         assert (part.goes_on == dense[:, end:].any(1)).all()
-        assert (part.begun == dense[:, :end].any(1)).all()
+        assert (part.attends == dense[:, start:end].any(1)).all()
         assert (part.waits == (dense.any(1) & ~dense[:, :end].any(1))).all()
         assert part.is_last == (not dense[:, end:].any())
+        attending = np.array([dense[:, a:b].any(1) for a, b in spans])
+        assert part.apart == (len(spans) > 1 and attending[0].any() and attending.sum(0).max() < 2)
 
 
 def test_sums_are_kept_only_where_a_query_goes_on() -> None:

@@ -27,6 +27,10 @@ class Recorder:
     """An engine and a transport that do nothing but note when they are asked."""
 
     ops: list[Op] = field(default_factory=list)
+    parts_side_by_side = True
+
+    def adds_in_any_order(self, params: AttnParams) -> bool:
+        return True
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: int | None, *rest: Any) -> Any:
         self.ops.append(("attend", schedule))
@@ -59,7 +63,7 @@ class Recorder:
 
 def make_program(recorder: Recorder, num_stages: int, blocking: bool) -> SimpleNamespace:
     stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n, ahead=None) for n in range(num_stages)]
-    either = SimpleNamespace(local=None, stages=stages, blocking=blocking)
+    either = SimpleNamespace(local=None, stages=stages, blocking=blocking, apart=not blocking)
     ways = {"own_keys_fill": not blocking, "rounds_grads": False}
     return SimpleNamespace(engine=recorder, forward=either, backward=either, **ways)
 
@@ -105,13 +109,25 @@ class RecordingLane(StageLane):
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_stages_run_beside_own_keys_forward(num_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    lane = RecordingLane(recorder)
+    monkeypatch.setattr(dist_attn, "forward_lane", lambda *args: lane)
+    attend(recorder, make_program(recorder, num_stages, blocking=False))
+    assert recorder.ops == loop_program(num_stages, blocking=False, backward=False)
+    own = recorder.ops.index(("attend", None))
+    assert set(range(len(recorder.ops))) - lane.on_lane.keys() == {own}
+    assert set(lane.on_lane.values()) == {0, own}, "but for the first cast, it follows what was there before own keys"
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_stages_run_beside_own_keys(num_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but own keys is on the lane, and but for the last gradients it follows what was there before own keys."""
     recorder = Recorder()
     out = attend(recorder, make_program(recorder, num_stages, blocking=False))
     recorder.ops.clear()
     lane = RecordingLane(recorder)
-    monkeypatch.setattr(dist_attn, "stage_lane", lambda *args: lane)
+    monkeypatch.setattr(dist_attn, "backward_lane", lambda *args: lane)
     out.sum().backward()
     assert recorder.ops == in_order_of_posting(
         loop_program(num_stages, blocking=False, backward=True, own_keys_fill=True)
@@ -125,25 +141,35 @@ def test_stages_run_beside_own_keys(num_stages: int, monkeypatch: pytest.MonkeyP
 def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stream of their own on a GPU, if the engine may have several kernels at a time and none must leave room."""
     monkeypatch.setattr(dist_attn, "StageStream", lambda device: "stream")
-    engine = SimpleNamespace(adds_in_any_order=lambda params: not params.deterministic)
-    usual = {"is_cuda": True, "stages": [1], "own_keys_fill": True, "params": AttnParams(1.0)}
+    usual = {"is_cuda": True, "params": AttnParams(1.0), "stages": [1], "own_keys_fill": True}
+    usual |= {"apart": True, "blocking": False, "parts_side_by_side": True}
 
-    def where(**changes: Any) -> object:
+    def where(lane: Any, **changes: Any) -> object:
         case = SimpleNamespace(**(usual | changes))
+        engine = SimpleNamespace(
+            adds_in_any_order=lambda params: not params.deterministic, parts_side_by_side=case.parts_side_by_side
+        )
         q = SimpleNamespace(is_cuda=case.is_cuda, device="cuda")
-        stages = SimpleNamespace(stages=case.stages)
-        program = SimpleNamespace(backward=stages, own_keys_fill=case.own_keys_fill, engine=engine)
-        return dist_attn.stage_lane(q, program, case.params)  # type: ignore[arg-type]
+        program = SimpleNamespace(
+            forward=SimpleNamespace(apart=case.apart, blocking=case.blocking),
+            backward=SimpleNamespace(stages=case.stages),
+            own_keys_fill=case.own_keys_fill,
+            engine=engine,
+        )
+        return lane(q, program, case.params)
 
-    assert where() == "stream"
-    for change in (
-        {"is_cuda": False},
-        {"stages": []},
-        {"own_keys_fill": False},
-        {"params": AttnParams(1.0, deterministic=True)},
-        {"params": AttnParams(1.0, sm_margin=8)},
+    either = [{"is_cuda": False}, {"params": AttnParams(1.0, sm_margin=8)}]
+    of_forward: list[dict[str, Any]] = [{"apart": False}, {"blocking": True}, {"parts_side_by_side": False}]
+    of_backward = [{"stages": []}, {"own_keys_fill": False}, {"params": AttnParams(1.0, deterministic=True)}]
+    for lane, own, others in (
+        (dist_attn.forward_lane, of_forward, of_backward),
+        (dist_attn.backward_lane, of_backward, of_forward),
     ):
-        assert isinstance(where(**change), StageLane), change
+        assert where(lane) == "stream"
+        for change in (*either, *own):
+            assert isinstance(where(lane, **change), StageLane), change
+        for change in others:
+            assert where(lane, **change) == "stream", change
 
 
 def test_own_keys_fill_where_the_plan_says_so() -> None:

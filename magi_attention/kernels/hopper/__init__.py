@@ -27,6 +27,7 @@ __all__ = [
     "finish_backward",
     "forward",
     "name",
+    "parts_side_by_side",
     "refusal",
     "schedule",
     "sink_grad",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 name = "hopper"
+parts_side_by_side = True
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -75,10 +77,12 @@ def forward(
 
     part, is_later = schedule.part, state is not None
     if state is None:
-        # A query that waits for a later part has nothing to keep, but its part of a sink.
-        keeps = part is not None and bool((part.goes_on if sink is not None else part.goes_on & part.begun).any())
-        state = State.empty(q, v.shape[2], keeps, params.return_max_logits)
-    elif state.sums is None and part is not None and not part.is_last:
+        keeps_sums = False
+        if part is not None and not part.apart:
+            # A query that waits for a later part has nothing to keep, but its part of a sink.
+            keeps_sums = bool((part.goes_on if sink is not None else part.goes_on & ~part.waits).any())
+        state = State.empty(q, v.shape[2], keeps_sums, params.return_max_logits)
+    elif state.sums is None and part is not None and not (part.apart or part.is_last):
         state = state._replace(sums=torch.empty_like(state.out, dtype=torch.float32))
     launch_forward(q, k, v, schedule, params, state, is_later, sink)
     return state

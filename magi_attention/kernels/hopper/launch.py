@@ -6,7 +6,7 @@ import torch
 
 from magi_attention.kernels.hopper.backward_kernel import backward_kernel
 from magi_attention.kernels.hopper.batches import FORWARD_BATCH
-from magi_attention.kernels.hopper.device_walk import make_key_walk, make_query_walk
+from magi_attention.kernels.hopper.device_walk import DeviceWalk, make_key_walk, make_query_walk
 from magi_attention.kernels.hopper.forward_kernel import forward_kernel
 from magi_attention.kernels.hopper.forward_results import FIRST_PART, LATER_PART, WHOLE, Out
 from magi_attention.kernels.hopper.launcher import Launcher, Tiles, rows, tiles
@@ -62,16 +62,13 @@ def launch_forward(
     pack = 2 if group % 2 == 0 else 1
     walk = schedule.by_queries(make_query_walk, 2 * CONSUMER_ROWS // pack, shape.block_k, q.device)
     heads = heads_at_a_time(heads_kv, 2 * num_keys * sum(dims)) * (group // pack)
-    if is_later:
-        num_windows = walk.num_busy
-    elif sink is not None:
-        num_windows = len(walk.windows)
-    else:
-        num_windows = walk.num_begun
-        if num_windows < len(walk.windows):
-            fill_lse(state)
+    apart = schedule.part is not None and schedule.part.apart
+    num_windows = windows_to_compute(walk, is_later, all_at_once=sink is not None and not apart)
+    if num_windows < len(walk.windows) and not (is_later or apart):
+        fill_lse(state)
     if num_windows == 0:
         return
+    is_later = is_later and not apart  # what is apart is written as if there were nothing else
     programs = num_programs(q.device, params)
     all_heads = q.shape[1] // pack
     if params.yields:  # programs that go on and on let nobody else in until they end
@@ -106,6 +103,13 @@ def launch_forward(
         LAYERED=len(walk.starts) > 1,
         PART=(LATER_PART if is_later else WHOLE if sums is None else FIRST_PART).value,
     )
+
+
+def windows_to_compute(walk: DeviceWalk, is_later: bool, all_at_once: bool) -> int:
+    """How many windows: of a later part those with tiles, of the first also rows that have none in any part."""
+    if is_later:
+        return walk.num_busy
+    return len(walk.windows) if all_at_once else walk.num_begun
 
 
 def fill_lse(state: State) -> None:

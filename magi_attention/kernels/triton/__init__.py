@@ -30,6 +30,7 @@ __all__ = [
     "finish_backward",
     "forward",
     "name",
+    "parts_side_by_side",
     "refusal",
     "schedule",
     "sink_grad",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 name = "triton"
+parts_side_by_side = False
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
