@@ -100,8 +100,10 @@ def test_every_cost_is_an_option(tmp_path: Path) -> None:
         "latency=1",
         "stage-overhead=1",
     ]
-    for option in (*slower, "bandwidth=1e9", "hbm-bandwidth=1e11", "heads-kv=64", "element-bytes=4"):
+    for option in (*slower, "bandwidth=1e9", "heads-kv=64", "element-bytes=4"):
         assert seconds(f"--{option}") > default, option
+    stages = "--degree", 2  # of which the second is merged
+    assert seconds(*stages, "--hbm-bandwidth=1e11") > seconds(*stages)
     assert seconds("--bandwidth=1e9", "--grad-wire-dtype=input") < seconds("--bandwidth=1e9")
 
 
