@@ -22,7 +22,7 @@ from magi_attention.kernels.params import AttnParams
 from magi_attention.mask import builders
 from magi_attention.planning import RankPlan, plan_attention
 from magi_attention.runtime.dist_attn import DistAttn
-from magi_attention.runtime.runtime import RankProgram
+from magi_attention.runtime.program import RankProgram
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,7 @@ def _prepare(bench: Bench, plan: RankPlan, wire: CutWire) -> RankProgram:
 
     What ranks take that are not measured is estimated from the cells of own keys and of stages, each by themselves.
     """
-    overlap = plan.config.overlap_config
-    slow = replace(overlap, cost_model=replace(overlap.cost_model, bandwidth=1.0))
-    apart = replace(plan, config=replace(plan.config, overlap_config=slow))
-    return RankProgram.prepare(apart, CutGroup(wire), bench.engine, bench.device, one_host=False)
+    return RankProgram.prepare(plan, CutGroup(wire), bench.engine, bench.device, joined=None)
 
 
 def _runner(

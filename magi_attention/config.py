@@ -72,6 +72,9 @@ class DispatchConfig:
 class CostModel:
     """What computing and transfers cost on one rank: what predicted times are made of.
 
+    It also tells how many queries may wait for rows in a forward pass, where more than 50 GB/s are believed of ranks of
+    one host only. GPUs of one host without NVLink between them need their own ``bandwidth``.
+
     The defaults were measured: the attention rates on an H100 with large masks, bf16, head_dim 128; the transfers
     between two GPUs of one host over NVLink, 198, 255 and 295 GB/s for 16, 64 and 256 MiB, which the latency and the
     bandwidth here give to 4 %. Between hosts a GPU has less: set ``bandwidth`` to what its network card carries.
@@ -162,7 +165,8 @@ class OverlapConfig:
         alg: How ``STATIC`` splits rows into stages.
         max_degree: Most stages that ``DYNAMIC`` may choose, 1 to 8. Planning compares 577 ways to make up to 4 stages,
             and some three times as many with each one more.
-        cost_model: What the time of a plan is predicted with.
+        cost_model: What the time of a plan is predicted with; and, in both modes, how much own work is kept for the
+            time in which the rows of the first stage travel in a forward pass.
     """
 
     mode: AttnOverlapMode = AttnOverlapMode.STATIC

@@ -45,7 +45,7 @@ class Exchange(Protocol):
 
         Args:
             tensors: Tensors of one dtype.
-            ahead: Local rows that are copied to the front of the buffer, before those that arrive, int32.
+            ahead: Local rows that are copied to the front of the buffer when it is waited for, int32.
         """
 
     def reduce(self, tensors: Sequence[torch.Tensor], wire_dtype: torch.dtype | None = None) -> Reduce:

@@ -20,10 +20,11 @@ class GroupCast:
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The rows of the buffer of each tensor: views into one matrix."""
+        self.buffer.copy_ahead()
         received = self.transfer.wait()
         if self.routing.recv_order is not None:
             pack((received,), self.routing.recv_order, into=self.buffer.arriving)
-        return self.buffer.tensors()
+        return self.buffer.rows()
 
 
 def group_cast(
@@ -37,10 +38,9 @@ def group_cast(
         tensors: Tensors of one dtype and equal numbers of rows, shape ``(local rows, ...)``. They travel together.
         rows: Which rows go where.
         group: The process group that ``rows`` was planned for.
-        ahead: Local rows that are copied to the front of the buffer, before those that arrive, int32.
+        ahead: Local rows that are copied to the front of the buffer when it is waited for, int32.
     """
     buffer = RowBuffer.empty(tensors, ahead, sum(rows.recv_counts))
     in_order = buffer.arriving if rows.recv_order is None else None
     transfer = exchange(pack(tensors, rows.send_rows), rows.send_counts, rows.recv_counts, group, in_order)
-    buffer.copy_ahead(tensors, ahead)  # while the others travel
     return GroupCast(transfer, rows, buffer)

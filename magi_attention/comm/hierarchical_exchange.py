@@ -18,11 +18,14 @@ from magi_attention.planning.two_level import TwoLevelPlan
 class HierarchicalCast:
     """A cast under way."""
 
-    transfer: Chain[tuple[torch.Tensor, ...]]
+    transfer: Chain[None]
+    buffer: RowBuffer
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The rows of the buffer of each tensor: views into one matrix."""
-        return self.transfer.wait()
+        self.buffer.copy_ahead()
+        self.transfer.wait()
+        return self.buffer.rows()
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,15 @@ class HierarchicalExchange:
         crossing = group_cast(tensors, self.crossing, self.inter)
         direct = group_cast(tensors, self.direct, self.intra)
 
-        def spread() -> tuple[torch.Tensor, ...]:
+        def spread() -> None:
             relayed = group_cast((crossing.transfer.wait(),), self.relay, self.intra)
             levels = direct.transfer.wait(), relayed.transfer.wait()
             if self.recv_order is None:
                 torch.cat(levels, out=buffer.arriving)
             else:
                 pack((torch.cat(levels),), self.recv_order, into=buffer.arriving)
-            return buffer.tensors()
 
-        under_way = HierarchicalCast(chain(spread, tensors[0].device))
-        buffer.copy_ahead(tensors, ahead)
-        return under_way
+        return HierarchicalCast(chain(spread, tensors[0].device), buffer)
 
     def reduce(self, tensors: Sequence[torch.Tensor], wire_dtype: torch.dtype | None = None) -> HierarchicalReduce:
         """See :class:`~magi_attention.comm.exchange.Exchange`. Nodes add up in the type of ``tensors``."""

@@ -14,32 +14,31 @@ class RowBuffer:
 
     Attributes:
         matrix: The rows that lie ahead, and those that arrive.
-        num_ahead: Number of rows that lie ahead.
-        row_shapes: The shape of a row of each tensor.
+        tensors: Whose local rows lie ahead, and the shape of whose rows the others have, too.
+        ahead: These local rows, int32; None for none.
     """
 
     matrix: torch.Tensor
-    num_ahead: int
-    row_shapes: tuple[torch.Size, ...]
+    tensors: tuple[torch.Tensor, ...]
+    ahead: torch.Tensor | None
 
     @classmethod
     def empty(cls, tensors: Sequence[torch.Tensor], ahead: torch.Tensor | None, num_arriving: int) -> "RowBuffer":
         """Memory for rows of ``tensors``, those of the local rows ``ahead``, if any, before those that arrive."""
         num_ahead = 0 if ahead is None else len(ahead)
-        shapes = tuple(x.shape[1:] for x in tensors)
-        size = num_ahead + num_arriving, sum(shape.numel() for shape in shapes)
-        return cls(tensors[0].new_empty(size), num_ahead, shapes)
+        size = num_ahead + num_arriving, sum(x.shape[1:].numel() for x in tensors)
+        return cls(tensors[0].new_empty(size), tuple(tensors), ahead)
 
     @property
     def arriving(self) -> torch.Tensor:
         """The part in which rows arrive."""
-        return self.matrix[self.num_ahead :]
+        return self.matrix if self.ahead is None else self.matrix[len(self.ahead) :]
 
-    def copy_ahead(self, tensors: Sequence[torch.Tensor], ahead: torch.Tensor | None) -> None:
+    def copy_ahead(self) -> None:
         """Fill the part before it."""
-        if ahead is not None:
-            pack(tensors, ahead, into=self.matrix[: self.num_ahead])
+        if self.ahead is not None:
+            pack(self.tensors, self.ahead, into=self.matrix[: len(self.ahead)])
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that stand in it, as views."""
-        return unpack(self.matrix, self.row_shapes)
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """The rows of each tensor that stand in it, as views."""
+        return unpack(self.matrix, [x.shape[1:] for x in self.tensors])

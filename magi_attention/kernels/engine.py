@@ -81,7 +81,8 @@ class Engine(BackwardPass, Protocol):
                 the keys don't come in parts. It is changed in place. What a query has that attends none of these keys
                 is kept bit by bit.
             sink: A score of each query head that joins the softmax of its queries with no value, ``(heads_q,)``, of
-                any floating-point type. It counts once, with the first part.
+                any floating-point type. It counts once: with the first part, or where parts are apart with the part
+                that writes a query.
 
         Returns:
             The state. After the last part, ``out`` and ``lse`` are those over all keys, and ``row_max``, which is there

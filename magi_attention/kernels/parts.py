@@ -3,6 +3,9 @@
 Each query's softmax goes on where the part before left it. A query that attends no later part is done: its output is
 rounded and stored once, as if there were no parts. Only of the others are the sums kept in the accumulation type, so
 that parts cost nothing where they change nothing.
+
+If no query attends two parts, they are *apart*: each call writes its own queries and no others, and calls need nothing
+from each other. The first one also writes the queries that attend nothing.
 """
 
 from collections.abc import Sequence
@@ -16,27 +19,38 @@ from numpy.typing import NDArray
 
 from magi_attention.mask.bands import IntArray, attending_rows
 
+SELDOM = 128
+"""Parts are apart only if there are at least so many queries to each run of queries of one part."""
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """One of the parts that the keys come in.
 
     Attributes:
-        attends: Which queries attend keys of this part, bool ``(num_rows,)``.
-        goes_on: Which queries attend keys of a later part.
+        goes_on: Which queries attend keys of a later part, bool ``(num_rows,)``.
         waits: Which of these attend none of this part, and of none before.
-        apart: Whether no query attends two of the parts, and some the first. Then parts need nothing from each other.
+        own: If parts are apart, which queries this one writes; else None.
     """
 
-    attends: NDArray[np.bool_]
     goes_on: NDArray[np.bool_]
     waits: NDArray[np.bool_]
-    apart: bool
+    own: NDArray[np.bool_] | None = None
 
     @cached_property
     def is_last(self) -> bool:
         """Whether no query attends a later part."""
         return not self.goes_on.any()
+
+    @cached_property
+    def keeps_sums(self) -> bool:
+        """Whether a query that attends a later part has attended keys."""
+        return not np.array_equal(self.goes_on, self.waits)
+
+    @property
+    def apart(self) -> bool:
+        """Whether this part needs nothing from others."""
+        return self.own is not None
 
 
 def make_parts(bands: Sequence[IntArray], num_rows: int) -> list[Part]:
@@ -46,12 +60,28 @@ def make_parts(bands: Sequence[IntArray], num_rows: int) -> list[Part]:
         bands: What the queries attend in each part, in order, see :mod:`magi_attention.mask.bands`.
         num_rows: Number of queries.
     """
-    attending = np.array([attending_rows(part, num_rows) for part in bands])
-    begun = np.logical_or.accumulate(attending)
-    up_to_end = np.logical_or.accumulate(attending[::-1])[::-1]
-    goes_on = np.concatenate((up_to_end[1:], np.zeros((1, num_rows), np.bool_)))
-    apart = len(bands) > 1 and bool(attending[0].any()) and attending.sum(axis=0).max() == 1
-    return [Part(*part, apart) for part in zip(attending, goes_on, goes_on & ~begun, strict=True)]
+    attending = [attending_rows(part, num_rows) for part in bands]
+    later, goes_on = np.zeros(num_rows, np.bool_), []
+    for attends in reversed(attending):
+        goes_on.append(later)
+        later = later | attends
+    goes_on.reverse()
+    begun, waits = np.zeros(num_rows, np.bool_), []
+    for attends, going in zip(attending, goes_on, strict=True):
+        begun = begun | attends
+        waits.append(going & ~begun)
+    own: Sequence[NDArray[np.bool_] | None] = [~goes_on[0], *attending[1:]]
+    if len(bands) == 1 or not _are_apart(attending, goes_on):
+        own = [None] * len(bands)
+    return [Part(*part) for part in zip(goes_on, waits, own, strict=True)]
+
+
+def _are_apart(attending: list[NDArray[np.bool_]], goes_on: list[NDArray[np.bool_]]) -> bool:
+    """Whether no query attends two parts, some attend the first, and they do not alternate all the time."""
+    if not attending[0].any() or any((a & g).any() for a, g in zip(attending, goes_on, strict=True)):
+        return False
+    changes = sum(np.count_nonzero(np.diff(attends)) for attends in attending)
+    return changes * SELDOM <= len(attending[0])
 
 
 class State(NamedTuple):

@@ -169,7 +169,9 @@ class PassCosts:
             meanwhile = np.where(blocking, 0.0, HIDDEN * self.casts[0])[..., None]
             local = np.maximum(self.local - self.could_wait, np.minimum(self.local, meanwhile))
             waiting = self.local - local
-            stages[0] += waiting - self.merging[0] * (waiting / np.maximum(self.could_wait, np.finfo(float).tiny))
+            nothing = self.could_wait == 0  # could wait, so that all of what merging takes is saved
+            share = np.where(nothing, 1.0, waiting / np.where(nothing, 1.0, self.could_wait))
+            stages[0] += waiting - self.merging[0] * share
         return replace(self, local=local, stages=stages, merging=None)
 
 

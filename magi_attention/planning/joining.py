@@ -31,8 +31,9 @@ from magi_attention.planning.rank_plan import RankPlan
 NETWORK_CARD = 50e9
 """Bytes a second between hosts at the most, whatever the cost model says: 400 Gbit/s."""
 
-GRAIN = 256
-"""Neighbouring queries of which all wait, or none."""
+GRAIN = 128
+"""Queries of which all wait, or none: about as many as a kernel computes at a time, which otherwise would go through
+the same keys in both calls."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +63,16 @@ def join_first_stage(plan: RankPlan, one_host: bool) -> Joined | None:
     """
     if not plan.stages:
         return None
-    stage, own = plan.stages[0], plan.local_bands
-    could_wait = _runs(attending_rows(stage.bands, plan.local_seqlen_q))
-    waiting = choose_waiting(own, could_wait, 0 if plan.blocking else _cells_meanwhile(plan, one_host))
+    stage, own, rows = plan.stages[0], plan.local_bands, plan.local_seqlen_q
+    kept = 0 if plan.blocking else _cells_meanwhile(plan, one_host)
+    waiting = choose_waiting(own, attending_rows(stage.bands, rows), kept)
     joined, *_ = crop(own, *waiting.T)
     if not len(joined):
         return None
-    others = np.concatenate(([0], waiting.ravel(), [plan.local_seqlen_q])).reshape(-1, 2)
+    others = np.concatenate(([0], waiting.ravel(), [rows])).reshape(-1, 2)
     keys = merge_runs(joined[:, [K0, K1]])
     ahead = ranges_to_indices(keys[:, 0], keys[:, 1] - keys[:, 0])
-    in_front = relocate(joined, np.array([[0, plan.local_seqlen_q]]), keys)
+    in_front = relocate(joined, np.array([[0, rows]]), keys)
     return Joined(
         early=crop(own, *others[others[:, 0] < others[:, 1]].T)[0],
         ahead=ahead,
@@ -79,21 +80,21 @@ def join_first_stage(plan: RankPlan, one_host: bool) -> Joined | None:
     )
 
 
-def choose_waiting(own: IntArray, could_wait: IntArray, kept: float) -> IntArray:
-    """The runs of queries that wait.
+def choose_waiting(own: IntArray, attends_stage: NDArray[np.bool_], kept: float) -> IntArray:
+    """The ``(start, end)`` runs of queries that wait.
 
     Args:
         own: What queries attend among the rank's own keys.
-        could_wait: ``(start, end)`` of the runs of queries to choose from, ascending.
+        attends_stage: Which attend rows of the first stage, ``(num_rows,)``.
         kept: Cells that are to be left to the other queries, if there are as many. Queries with the most of them
             are the first that do not wait, so that there are few.
     """
-    length = could_wait[:, 1] - could_wait[:, 0]
-    pieces = -(-length // GRAIN)
-    start = np.repeat(could_wait[:, 0], pieces) + GRAIN * ranges_to_indices(np.zeros_like(pieces), pieces)
-    runs = np.stack((start, np.minimum(start + GRAIN, np.repeat(could_wait[:, 1], pieces))), axis=1)
-    cut, run, _ = crop(own, *runs.T)
-    cells = np.bincount(run, area(cut), len(runs))
+    num_rows = len(attends_stage)
+    start = np.arange(0, num_rows, GRAIN)
+    start = start[np.logical_or.reduceat(attends_stage, start)] if num_rows else start
+    runs = np.stack((start, np.minimum(start + GRAIN, num_rows)), axis=1)
+    pieces, run, _ = crop(own, *runs.T)
+    cells = np.bincount(run, area(pieces), len(runs))
     missing = kept - (area(own).sum() - cells.sum())
     most_first = np.argsort(-cells / (runs[:, 1] - runs[:, 0]), kind="stable")
     before = np.cumsum(cells[most_first]) - cells[most_first]
@@ -106,8 +107,3 @@ def _cells_meanwhile(plan: RankPlan, one_host: bool) -> float:
     bandwidth = model.bandwidth if one_host else min(model.bandwidth, NETWORK_CARD)
     rows = np.array(plan.first_cast_rows)
     return HIDDEN * float(transfer_seconds(rows, model, model.element_bytes, bandwidth)) / forward_seconds(model)
-
-
-def _runs(rows: NDArray[np.bool_]) -> IntArray:
-    """``(start, end)`` of the runs of True."""
-    return np.flatnonzero(np.diff(rows, prepend=False, append=False)).reshape(-1, 2)

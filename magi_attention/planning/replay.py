@@ -3,7 +3,8 @@
 :func:`replay` is the loop of ``runtime/dist_attn.py``; a change there is a change here. What it assumes:
 
 * A rank computes one thing after the other. But on some ranks in the backward pass, unless rows are waited for before
-  anything is computed, own keys fill the time in which the rank would wait, and come last for the rest.
+  anything is computed, own keys fill the time in which the rank would wait, and come last for the rest. In the forward
+  pass they have enough to do for that time, or all that there is.
 * A transfer is a collective of all ranks. It starts when every rank has reached it, since rows are packed where a rank
   computes, and ends, on all ranks alike, when the slowest has sent and received its rows.
 * Transfers run one after the other, in the order in which the loop posts them.

@@ -39,9 +39,9 @@ class Agreement:
         """
         if self._work is not None:
             self._work.wait()
-            *digests, hosts = zip(*(digest.tolist() for digest in self._digests), strict=True)
-            self._problem = _problem([*zip(*digests, strict=True)])
-            self.one_host = len(set(hosts)) == 1
+            told = [tuple(digest.tolist()) for digest in self._digests]
+            self._problem = _problem([(*digest,) for *digest, _ in told])
+            self.one_host = len({host for *_, host in told}) == 1
             self._work = None
         if self._problem is not None:
             raise ValueError(self._problem)

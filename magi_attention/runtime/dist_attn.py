@@ -12,7 +12,7 @@ from magi_attention.kernels.params import AttnParams
 from magi_attention.kernels.parts import State
 from magi_attention.kernels.second_derivative import no_second_derivative
 from magi_attention.runtime.key_grads import KeyGrads
-from magi_attention.runtime.runtime import PassProgram, RankProgram
+from magi_attention.runtime.program import PassProgram, RankProgram
 from magi_attention.runtime.spans import span
 from magi_attention.runtime.stage_lane import StageLane, StageStream
 
@@ -65,13 +65,13 @@ def all_stages(upcoming: Cast | None, k: torch.Tensor, v: torch.Tensor, program:
 
 @functools.lru_cache
 def beside_transfers(params: AttnParams, alone: bool) -> AttnParams:
-    """The parameters of kernels that are alone on the device, or have transfers beside them."""
+    """The parameters of kernels that have no transfers beside them, or some."""
     return replace(params, sm_margin=0) if alone else replace(params, yields=params.sm_margin == 0)
 
 
 def forward_lane(q: torch.Tensor, program: RankProgram, params: AttnParams) -> StageLane:
     """Where the stages of a forward pass run."""
-    overlaps = program.forward.apart and not program.forward.blocking
+    overlaps = program.parts_apart and not program.forward.blocking
     return _lane(q, params, overlaps and program.engine.parts_side_by_side)
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from magi_attention.comm.row_exchange import Transfer, exchange
 from magi_attention.kernels.params import AttnParams
 from magi_attention.runtime.dist_attn import DistAttn
-from magi_attention.runtime.runtime import DistAttnRuntime, RankProgram
+from magi_attention.runtime.program import RankProgram
+from magi_attention.runtime.runtime import DistAttnRuntime
 from magi_attention.runtime.spans import span
 
 

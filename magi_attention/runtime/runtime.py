@@ -1,17 +1,12 @@
 """DistAttnRuntime: a rank's plan, its process group, and the plan made ready for a device."""
 
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm import Exchange
-from magi_attention.comm.row_exchange import copy_indices
 from magi_attention.kernels.engine import Engine
-from magi_attention.kernels.parts import make_parts
-from magi_attention.mask.bands import IntArray
 from magi_attention.planning import DispatchPlan, RankPlan
 from magi_attention.planning.joining import join_first_stage
 from magi_attention.planning.node_shares import cut_among_ranks
@@ -19,94 +14,10 @@ from magi_attention.planning.roll_plan import plan_roll
 from magi_attention.runtime.agreement import Agreement
 from magi_attention.runtime.dispatch import DispatchProgram
 from magi_attention.runtime.groups import CpGroup
+from magi_attention.runtime.program import RankProgram
 from magi_attention.runtime.roll import RollProgram
 
 Side = Literal["q", "k"]
-
-
-@dataclass(frozen=True, eq=False)
-class StageProgram:
-    """One stage of a pass, ready to run.
-
-    Attributes:
-        exchange: The rows that travel.
-        schedule: The engine's, of what to compute with them.
-        ahead: Local rows that lie in front of the received ones, int32; None for none.
-    """
-
-    exchange: Exchange
-    schedule: Any
-    ahead: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class PassProgram:
-    """A forward or a backward pass, ready to run.
-
-    Attributes:
-        local: The engine's schedule of what queries attend among the rank's own keys alone.
-        stages: The remote work, in order.
-        blocking: Whether to wait for remote rows before computing anything.
-        apart: Whether no query attends both own keys in ``local`` and rows of a stage, or of two stages.
-    """
-
-    local: Any
-    stages: tuple[StageProgram, ...]
-    blocking: bool
-    apart: bool
-
-
-@dataclass(frozen=True, eq=False)
-class RankProgram:
-    """A rank's plan, ready to run on a device with an engine.
-
-    Attributes:
-        engine: The attention kernels.
-        forward: The forward pass, in which queries may wait for the first stage.
-        backward: The backward pass, with the same exchanges.
-        own_keys_fill: Whether own keys fill what stages leave in the backward pass, if the engine allows it.
-        rounds_grads: Whether partial gradients of keys travel home in the type of the keys.
-    """
-
-    engine: Engine
-    forward: PassProgram
-    backward: PassProgram
-    own_keys_fill: bool
-    rounds_grads: bool
-
-    @classmethod
-    def prepare(
-        cls, plan: RankPlan, group: CpGroup, engine: Engine, device: torch.device, one_host: bool
-    ) -> "RankProgram":
-        """Compile a plan's bands into the engine's schedules and copy its routing to ``device``.
-
-        Args:
-            plan: The plan.
-            group: The ranks that it is over.
-            engine: The attention kernels.
-            device: Where they run.
-            one_host: Whether the ranks are processes of one host.
-        """
-        exchanges = [group.exchange(stage.collective, device) for stage in plan.stages]
-
-        def compile_pass(local: IntArray, bands: list[IntArray], ahead: IntArray | None) -> PassProgram:
-            parts = make_parts([local, *bands], plan.local_seqlen_q)
-            schedules: list[Any] = []
-            for stage, stage_bands, part in zip(plan.stages, bands, parts[1:], strict=True):
-                num_ahead = 0 if schedules or ahead is None else len(ahead)
-                num_keys = num_ahead + stage.collective.num_recv_rows
-                schedules.append(engine.schedule(stage_bands, plan.local_seqlen_q, num_keys, part))
-            own = engine.schedule(local, plan.local_seqlen_q, plan.local_seqlen_k, parts[0])
-            stages = [StageProgram(*stage) for stage in zip(exchanges, schedules, strict=True)]
-            if ahead is not None:
-                stages[0] = replace(stages[0], ahead=copy_indices([ahead], device)[0])
-            return PassProgram(own, tuple(stages), plan.blocking, parts[0].apart)
-
-        bands = [stage.bands for stage in plan.stages]
-        forward = backward = compile_pass(plan.local_bands, bands, None)
-        if (joined := join_first_stage(plan, one_host)) is not None:
-            forward = compile_pass(joined.early, [joined.bands, *bands[1:]], joined.ahead)
-        return cls(engine, forward, backward, plan.own_keys_fill, plan.config.grad_wire_dtype == "input")
 
 
 class DistAttnRuntime:
@@ -156,8 +67,8 @@ class DistAttnRuntime:
         name = (engine.name, device)
         if name not in self._programs:
             planned = self.cp_group.planned_for(self.plan.config.intra_node)
-            one_host = self.agreement.one_host and not self.splits_heads
-            self._programs[name] = RankProgram.prepare(self.plan, planned, engine, device, one_host)
+            joined = join_first_stage(self.plan, self.agreement.one_host)
+            self._programs[name] = RankProgram.prepare(self.plan, planned, engine, device, joined)
         return self._programs[name]
 
     def dispatch_of(self, side: Side) -> DispatchPlan:

@@ -1,10 +1,11 @@
-"""Stage lane: where the stages of a backward pass run, beside the rank's own keys.
+"""Stage lane: where stages run, beside the rank's own keys.
 
-Gradients over different keys add to the same dq, in whatever order, and need nothing from each other. So a GPU may have
-all of them at once: own keys on the stream that computes, and stages on one that is served first. A stage begins when
-its rows are there, on the multiprocessors that become free; own keys take all others, while rows are under way, where a
-stage ends with fewer programs than multiprocessors, and while the last gradients go home. Which ranks gain by it is in
-:mod:`magi_attention.planning.density`.
+Gradients over different keys add to the same dq, in whatever order, and need nothing from each other; and no more do
+results of a forward pass in which no query attends both own keys and those of a stage. So a GPU may have all of them at
+once: own keys on the stream that computes, and stages on one that is served first. A stage begins when its rows are
+there, on the multiprocessors that become free; own keys take all others, while rows are under way, where a stage ends
+with fewer programs than multiprocessors, and while the last gradients go home. Which ranks gain by it in the backward
+pass is in :mod:`magi_attention.planning.density`.
 """
 
 from collections.abc import Iterator

@@ -31,8 +31,7 @@ def main() -> None:
                 q, dout, k, v = (torch.randn(SEQLEN, *x, dtype=torch.bfloat16, device="cuda") for x in sizes)
                 params = AttnParams(head_dim**-0.5)
                 schedule = engine.schedule(bands, SEQLEN, SEQLEN)
-                everyone, nobody = np.ones(SEQLEN, np.bool_), np.zeros(SEQLEN, np.bool_)
-                part = Part(everyone, np.arange(SEQLEN) % 2 == 0, waits=nobody, apart=False)
+                part = Part(np.arange(SEQLEN) % 2 == 0, waits=np.zeros(SEQLEN, np.bool_))
                 first = engine.schedule(bands, SEQLEN, SEQLEN, part)
                 engine.forward(q, k, v, first, params, engine.forward(q, k, v, first, params))
                 # Few programs, so that each takes several windows.

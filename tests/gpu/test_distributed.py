@@ -5,6 +5,8 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from magi_attention.api import calc_attn, dispatch, get_position_ids
-from magi_attention.config import DistAttnConfig, OverlapConfig
+from magi_attention.config import CostModel, DistAttnConfig, OverlapConfig
+from magi_attention.kernels import reference
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import plan_attention
+from magi_attention.planning.joining import join_first_stage
+from magi_attention.runtime.program import RankProgram
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.rank_pool import RankPool
 
@@ -29,6 +34,9 @@ CONFIGS = {
     f"degree {degree}": DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=64))
     for degree in (0, 1, 3)
 }
+HIDDEN = CostModel(bandwidth=1e30, latency=0.0)
+CONFIGS["waiting"] = DistAttnConfig(overlap_config=OverlapConfig(degree=1, min_chunk_size=64, cost_model=HIDDEN))
+"""Nothing is left to do while rows travel: queries wait for them, and in short sequences, too."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +124,7 @@ def without_synchronisation(rank: int, group: dist.ProcessGroup, problem: Proble
 
 @pytest.mark.parametrize("config", sorted(CONFIGS))
 def test_no_host_synchronisation_in_the_steady_state(gpus: RankPool, config: str) -> None:
-    gpus.run(without_synchronisation, 2, make_problem(named_masks(1024)["varlen causal"], CONFIGS[config]))
+    gpus.run(without_synchronisation, 2, make_problem(named_masks(2000)["varlen causal"], CONFIGS[config]))
 
 
 def capture(rank: int, group: dist.ProcessGroup, problem: Problem) -> list[float]:
@@ -146,11 +154,24 @@ def own_keys_fill(problem: Problem) -> bool:
     return bool(plan.own_keys_fill.all())
 
 
+def runs_beside_own_keys(problem: Problem) -> bool:
+    """The same of the forward pass."""
+    plan = plan_attention(problem.mask, 2, problem.chunk_size, config=problem.config)
+    group: Any = SimpleNamespace(exchange=lambda *args: None)
+    programs = []
+    for rank in map(plan.rank, range(2)):
+        joined = join_first_stage(rank, one_host=True)
+        programs.append(RankProgram.prepare(rank, group, reference, torch.device("cpu"), joined))
+    assert programs[0].parts_apart == programs[1].parts_apart
+    return programs[0].parts_apart
+
+
 @pytest.mark.parametrize(("name", "fill"), [("causal", False), ("varlen causal", True)])
-@pytest.mark.parametrize("config", ["degree 1", "degree 3"])
+@pytest.mark.parametrize("config", ["degree 1", "degree 3", "waiting"])
 def test_a_step_in_a_cuda_graph(gpus: RankPool, config: str, name: str, fill: bool) -> None:
-    problem = make_problem(named_masks(1024)[name], CONFIGS[config])
+    problem = make_problem(named_masks(2000)[name], CONFIGS[config])
     assert own_keys_fill(problem) == fill
+    assert runs_beside_own_keys(problem) == (fill and config == "waiting")
     for differences in gpus.run(capture, 2, problem):
         assert differences[:2] == [0, 0] and max(differences) < 0.05, "dq is added up in any order"
 
@@ -173,11 +194,13 @@ def groups_of_their_own(rank: int, group: dist.ProcessGroup, problems: list[Prob
     ]
 
 
-@pytest.mark.parametrize("config", ["degree 1", "degree 3"])
+@pytest.mark.parametrize("config", ["degree 1", "degree 3", "waiting"])
 def test_groups_interleaved(gpus: RankPool, config: str) -> None:
     masks = named_masks(2000)["varlen sliding window causal"], named_masks(2000)["varlen causal"], builders.causal(2000)
     problems = [make_problem(mask, CONFIGS[config]) for mask in masks]
     assert [own_keys_fill(problem) for problem in problems] == [True, True, False]
+    waiting = config == "waiting"
+    assert [runs_beside_own_keys(problem) for problem in problems] == [waiting, waiting, False]
     for parts in gpus.run(groups_of_their_own, 2, problems):
         for differences in parts:
             assert differences[0] == 0 and max(differences) < 0.05, "gradients are added up in any order"

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magi_attention.kernels import parts as parts_module
 from magi_attention.kernels.hopper.backward_items import Items
 from magi_attention.kernels.parts import Part, State, make_parts
 from magi_attention.mask import AttnMask, builders
@@ -171,7 +172,9 @@ def test_queries_that_wait_for_a_later_part(engine: EmulatedEngine, bounds: list
 
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("name", ["documents", "between others", "holes"])
-def test_parts_that_are_apart_in_any_order(engine: EmulatedEngine, name: str, sink: bool) -> None:
+def test_parts_that_are_apart_in_any_order(
+    engine: EmulatedEngine, name: str, sink: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each writes its own queries and no other, whichever comes first."""
     slices = {
         "documents": ([(0, 90), (90, 230)], [(0, 90), (90, 230)]),
@@ -183,25 +186,30 @@ def test_parts_that_are_apart_in_any_order(engine: EmulatedEngine, name: str, si
     problem = problem.with_sink() if sink else problem
     keys = [[0, 90], [90, 230]]
     bands = [relocate(problem.mask.bands, np.array([[0, 230]]), np.array([part])) for part in keys]
-    schedules = [
-        engine.schedule(part_bands, 230, end - start, part)
-        for (start, end), part_bands, part in zip(keys, bands, make_parts(bands, 230), strict=True)
-    ]
-    assert all(schedule.part.apart for schedule in schedules)
+    monkeypatch.setattr(parts_module, "SELDOM", 0)
+    parts = make_parts(bands, 230)
+    assert all(part.apart for part in parts)
+    check_bound(run_in_parts(engine, problem, [90]), problem)
 
     def attend(number: int, state: State | None) -> State:
-        k, v = (x[slice(*keys[number])] for x in (problem.k, problem.v))
-        return engine.forward(problem.q, k, v, schedules[number], problem.params, state, problem.sink)
+        start, end = keys[number]
+        schedule = engine.schedule(bands[number], 230, end - start, parts[number])
+        k, v = problem.k[start:end], problem.v[start:end]
+        return engine.forward(problem.q, k, v, schedule, problem.params, state, problem.sink)
 
     in_order = attend(1, attend(0, None))
     assert in_order.sums is None
-    check_bound(run_in_parts(engine, problem, [90]), problem)
-    waits = torch.from_numpy(schedules[0].part.waits)
-    other = State(*(None if x is None else torch.full_like(x, 7.0) for x in in_order))
-    attend(1, other)
-    out, lse = other.out, other.lse
-    assert (out[~waits] == 7).all() and (lse[:, ~waits] == 7).all()
-    assert torch.equal(out[waits], in_order.out[waits]) and torch.equal(lse[:, waits], in_order.lse[:, waits])
+    waits = torch.from_numpy(parts[0].waits)
+    untouched = State(*(None if x is None else torch.full_like(x, 7.0) for x in in_order))
+    later = State(*(None if x is None else x.clone() for x in untouched))
+    attend(1, later)
+    monkeypatch.setattr(State, "empty", lambda *args: untouched)
+    first = attend(0, None)
+    for state, mine, others in ((first, ~waits, waits), (later, waits, ~waits)):
+        of_queries = zip(*((x.out, x.lse.T, x.row_max.T) for x in (state, in_order)), strict=True)
+        for got, expected in of_queries:
+            assert torch.equal(got[mine], expected[mine])
+            assert (got[others] == 7).all(), "queries of the other part are left alone"
 
 
 def test_sums_are_there_where_a_query_has_some(engine: EmulatedEngine) -> None:
@@ -221,7 +229,7 @@ def test_what_keys_add_nothing_to_is_kept_to_the_bit(engine: EmulatedEngine) -> 
     """Rows of a window without keys, and rows without keys in a window with some."""
     problem = make_problem(AttnMask.from_slices([(70, 90)], [(0, 30)], "full", 200, 30), (2, 1))
     goes_on = torch.arange(200) >= 75
-    part = Part(problem.mask.to_dense().any(1), goes_on.numpy(), waits=np.zeros(200, np.bool_), apart=False)
+    part = Part(goes_on.numpy(), waits=np.zeros(200, np.bool_))
     schedule = engine.schedule(problem.mask.bands, 200, 30, part)
     begun, sums = torch.randn(2, 200), torch.randn(200, 2, 64)
     begun[:, 80:100] = -torch.inf

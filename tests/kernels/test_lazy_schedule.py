@@ -23,7 +23,7 @@ def see_otherwise(mask: MaskView, block_rows: int, block_cols: int, device: torc
 
 
 def make_schedule() -> LazySchedule:
-    return LazySchedule(MASK.bands, 20, 40, Part(*(np.arange(20) < n for n in (10, 5, 0)), apart=False))
+    return LazySchedule(MASK.bands, 20, 40, Part(np.arange(20) < 5, np.arange(20) < 2))
 
 
 def test_walks_see_the_mask_from_queries_or_from_keys() -> None:
@@ -62,5 +62,5 @@ def test_walks_are_not_pickled() -> None:
     (bands, *sizes, part), *_ = again.by_queries(see, 16, 8, CPU)
     np.testing.assert_array_equal(bands, MASK.bands)
     np.testing.assert_array_equal(part.goes_on, np.arange(20) < 5)
-    np.testing.assert_array_equal(part.attends, np.arange(20) < 10)
+    np.testing.assert_array_equal(part.waits, np.arange(20) < 2)
     assert sizes == [20, 40]

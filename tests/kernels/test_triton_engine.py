@@ -182,7 +182,7 @@ def test_parts_of_the_keys(run: Interpreter, name: str, bounds: list[int], sink:
 
 
 def add_part_to(engine: Engine, problem: Problem, goes_on: torch.Tensor, state: State) -> State:
-    part = Part(problem.mask.to_dense().any(1), goes_on.numpy(), waits=np.zeros(len(problem.q), np.bool_), apart=False)
+    part = Part(goes_on.numpy(), waits=np.zeros(len(problem.q), np.bool_))
     tiles = engine.schedule(problem.mask.bands, len(problem.q), len(problem.k), part)
     return engine.forward(problem.q, problem.k, problem.v, tiles, problem.params, state)
 

@@ -164,7 +164,7 @@ def slow_seconds(work: StageWork, config: DistAttnConfig, blocking: bool = False
 
         def seconds(op: Op, rank: int | None, backward: bool = backward, per_cell: float = per_cell) -> float:
             kind, n = op
-            waiting = 0.0
+            waiting = could_wait = 0.0
             if kind == "attend" and not backward and len(work.areas):
                 meanwhile = 0 if blocking else 2 * seconds(("cast", 0), None)
                 own, could_wait = work.local_areas[rank] * per_cell, work.could_wait[rank] * per_cell
@@ -174,8 +174,8 @@ def slow_seconds(work: StageWork, config: DistAttnConfig, blocking: bool = False
             if kind == "attend":
                 area = work.areas[n, rank]
                 merging = 0 if backward else work.queries[n, rank] * 16 * 4 * 2 / model.hbm_bandwidth
-                if n == 0 and waiting:
-                    merging *= 1 - waiting / could_wait
+                if n == 0:
+                    merging *= 1 - waiting / could_wait if could_wait else 0
                     merging += waiting
                 return area * per_cell + merging + (area > 0) * model.stage_overhead
             rows = max(work.received[n].max(), work.sent[n].max())

@@ -1,20 +1,25 @@
 """Distributed attention equals dense attention, forward and backward, on any number of ranks."""
 
+import socket
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.config import DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig
+from magi_attention.config import CostModel, DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig
 from magi_attention.mask import AttnMask
+from magi_attention.planning import plan_attention
+from magi_attention.planning.joining import join_first_stage
+from magi_attention.runtime.cache import runtimes
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.rank_pool import RankPool
 from magi_attention.testing.strategies import masks
 
 from ..kernels.attention import check_bound
-from .attention_on_ranks import Problem, attend_densely, attend_on_ranks
+from .attention_on_ranks import Problem, attend_densely, attend_on_ranks, make_key
 
 STAGED = DistAttnConfig(overlap_config=OverlapConfig(degree=3, min_chunk_size=5))
 
@@ -45,6 +50,31 @@ def test_generated_masks(
 ) -> None:
     config = DistAttnConfig(alg, OverlapConfig(degree=degree, min_chunk_size=3))
     check_fp64(rank_pool, size, Problem.random(mask, chunk_size=chunk_size, config=config, head_dim_v=head_dim_v))
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3])
+@pytest.mark.parametrize("name", ["causal", "varlen causal", "sliding window causal", "block causal", "holes"])
+def test_queries_that_wait_for_the_first_stage(rank_pool: RankPool, name: str, degree: int) -> None:
+    """For rows that take no time, some do."""
+    overlap = OverlapConfig(degree=degree, min_chunk_size=64, cost_model=CostModel(bandwidth=1e30, latency=0.0))
+    problem = Problem.random(named_masks(1200)[name], chunk_size=40, config=DistAttnConfig(overlap_config=overlap))
+    plan = plan_attention(problem.mask, 3, problem.chunk_size, config=problem.config)
+    assert any(join_first_stage(plan.rank(rank), one_host=True) for rank in range(3))
+    check_fp64(rank_pool, 3, problem)
+
+
+def says_one_host(rank: int, group: dist.ProcessGroup, names: list[str]) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: names[rank])
+        problem = Problem.random(named_masks(64)["causal"], chunk_size=4 + len(set(names)))  # of no other test
+        runtime = runtimes.get(make_key(problem, group))
+    runtime.agreement.settle()
+    return runtime.agreement.one_host
+
+
+def test_ranks_know_whether_they_share_a_host(rank_pool: RankPool) -> None:
+    assert rank_pool.run(says_one_host, 3, ["here"] * 3) == [True] * 3
+    assert rank_pool.run(says_one_host, 3, ["here", "here", "there"]) == [False] * 3
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 1), (8, 2)])

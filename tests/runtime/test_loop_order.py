@@ -16,7 +16,7 @@ from magi_attention.mask import builders
 from magi_attention.planning import plan_attention
 from magi_attention.runtime import dist_attn
 from magi_attention.runtime.dist_attn import DistAttn
-from magi_attention.runtime.runtime import RankProgram
+from magi_attention.runtime.program import RankProgram
 from magi_attention.runtime.stage_lane import StageLane
 
 from ..planning.loop_simulator import Op, loop_program
@@ -63,8 +63,8 @@ class Recorder:
 
 def make_program(recorder: Recorder, num_stages: int, blocking: bool) -> SimpleNamespace:
     stages = [SimpleNamespace(exchange=recorder.exchange(n), schedule=n, ahead=None) for n in range(num_stages)]
-    either = SimpleNamespace(local=None, stages=stages, blocking=blocking, apart=not blocking)
-    ways = {"own_keys_fill": not blocking, "rounds_grads": False}
+    either = SimpleNamespace(local=None, stages=stages, blocking=blocking)
+    ways = {"parts_apart": not blocking, "own_keys_fill": not blocking, "rounds_grads": False}
     return SimpleNamespace(engine=recorder, forward=either, backward=either, **ways)
 
 
@@ -151,7 +151,8 @@ def test_where_stages_run(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         q = SimpleNamespace(is_cuda=case.is_cuda, device="cuda")
         program = SimpleNamespace(
-            forward=SimpleNamespace(apart=case.apart, blocking=case.blocking),
+            forward=SimpleNamespace(blocking=case.blocking),
+            parts_apart=case.apart,
             backward=SimpleNamespace(stages=case.stages),
             own_keys_fill=case.own_keys_fill,
             engine=engine,
@@ -177,5 +178,5 @@ def test_own_keys_fill_where_the_plan_says_so() -> None:
     config = DistAttnConfig(dispatch_config=DispatchConfig(order="contiguous"))
     plan = plan_attention(builders.varlen([0, 256, *range(272, 513, 16)], causal=True), 2, 32, config=config)
     group: Any = SimpleNamespace(exchange=lambda *args: None)
-    programs = [RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu"), False) for rank in range(2)]
+    programs = [RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu")) for rank in range(2)]
     assert [program.own_keys_fill for program in programs] == plan.own_keys_fill.tolist() == [False, True]

@@ -77,10 +77,8 @@ def forward(
 
     part, is_later = schedule.part, state is not None
     if state is None:
-        keeps_sums = False
-        if part is not None and not part.apart:
-            # A query that waits for a later part has nothing to keep, but its part of a sink.
-            keeps_sums = bool((part.goes_on if sink is not None else part.goes_on & ~part.waits).any())
+        # A query that waits for a later part has nothing to keep, but its part of a sink.
+        keeps_sums = part is not None and (part.keeps_sums or (sink is not None and not (part.apart or part.is_last)))
         state = State.empty(q, v.shape[2], keeps_sums, params.return_max_logits)
     elif state.sums is None and part is not None and not (part.apart or part.is_last):
         state = state._replace(sums=torch.empty_like(state.out, dtype=torch.float32))

@@ -102,9 +102,8 @@ def build_walk(
     bands, layer = split_layers(tighten(bands)[0])
     starts, ends = layer_intervals(bands, layer, num_rows + block_rows + READ_AHEAD)
     bounds = cut_windows(bands, starts, ends, num_rows, block_rows, block_cols)
-    if part is not None and part.apart:  # a window has rows of this part alone, or none
-        changes = np.diff(part.attends) | np.diff(part.waits)
-        bounds = np.union1d(bounds, np.flatnonzero(changes) + 1)
+    if part is not None and part.own is not None:  # a window has only such rows, or none
+        bounds = np.union1d(bounds, np.flatnonzero(np.diff(part.own)) + 1)
     entries, window = _entries(bands, layer, bounds, num_cols, block_cols, align)
     entries[:, ENTRY_COLUMN] += (entries[:, ENTRY_TILES] - 1) * block_cols
     entries, window = entries[::-1], window[::-1]
