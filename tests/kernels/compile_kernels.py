@@ -165,7 +165,7 @@ def compile_case(engine: str, name: str) -> list[Compiled]:
     )
     params = AttnParams(1.0, case.softcap, return_max_logits=case.sink)
     sink = torch.zeros(heads_kv * case.group) if case.sink else None
-    part = Part(np.ones(TOKENS, np.bool_)) if case.parts else None
+    part = Part(np.ones(TOKENS, np.bool_), waits=np.zeros(TOKENS, np.bool_)) if case.parts else None
     schedule = module.schedule(case.mask.bands, TOKENS, TOKENS, part)
     dtype = None if case.parts else case.dtype
     with compile_launches(name, case.capability) as compiled:

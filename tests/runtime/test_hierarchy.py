@@ -23,9 +23,10 @@ from magi_attention.api import (
 )
 from magi_attention.comm import hierarchical_exchange
 from magi_attention.comm.chain import PendingStep
-from magi_attention.config import DistAttnConfig, OverlapConfig
+from magi_attention.config import CostModel, DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import plan_attention
+from magi_attention.planning.joining import join_first_stage
 from magi_attention.planning.two_level import MeshShape, rows_across_nodes
 from magi_attention.runtime.cache import runtimes
 from magi_attention.testing.mask_zoo import named_masks
@@ -104,6 +105,17 @@ def test_generated_masks_on_two_nodes_of_two(
 def test_values_of_another_head_dim(rank_pool: RankPool, head_dim_v: int) -> None:
     mask = named_masks(107)["varlen causal"]
     check_fp64(rank_pool, (2, 2), Problem.random(mask, config=config_of(3), head_dim_v=head_dim_v))
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_queries_that_wait_for_the_first_stage(rank_pool: RankPool, degree: int) -> None:
+    """For rows that take no time, some do; here, own rows lie ahead of those that come in two levels."""
+    overlap = OverlapConfig(degree=degree, min_chunk_size=64, cost_model=CostModel(bandwidth=1e30, latency=0.0))
+    config = DistAttnConfig(overlap_config=overlap)
+    problem = Problem.random(named_masks(1300)["varlen causal"], chunk_size=40, config=config)
+    plan = plan_attention(problem.mask, 4, problem.chunk_size, config=config).on_mesh((2, 2))
+    assert all(join_first_stage(plan.rank(rank), one_host=True) for rank in range(4))
+    check_fp64(rank_pool, (2, 2), problem)
 
 
 @settings(max_examples=10, deadline=None)
