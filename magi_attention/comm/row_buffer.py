@@ -14,7 +14,7 @@ class RowBuffer:
 
     Attributes:
         matrix: The rows that lie ahead, and those that arrive.
-        tensors: Whose local rows lie ahead, and the shape of whose rows the others have, too.
+        tensors: Rows of these lie ahead, and rows shaped as theirs arrive.
         ahead: These local rows, int32; None for none.
     """
 

@@ -115,7 +115,7 @@ def pack(
         tensors: Tensors of one dtype and equal numbers of rows, ``(rows, ...)``, with any strides.
         rows: Which rows, int32; None for all.
         dtype: The type of the matrix; None for that of the tensors.
-        into: The matrix, contiguous; None for a new one.
+        into: The matrix, contiguous, whose type it is then; None for a new one.
     """
     first, row_shapes = tensors[0], [x.shape[1:] for x in tensors]
     assert all(x.dtype == first.dtype and len(x) == len(first) for x in tensors)
