@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.config import CostModel
 from magi_attention.mask.bands import (
     K0,
     K1,
@@ -103,7 +102,7 @@ def choose_waiting(own: IntArray, attends_stage: NDArray[np.bool_], kept: float)
 
 def _cells_meanwhile(plan: RankPlan, one_host: bool) -> float:
     """Cells that are computed in the time that is kept for the first cast."""
-    model: CostModel = plan.config.overlap_config.cost_model
+    model = plan.config.overlap_config.cost_model
     bandwidth = model.bandwidth if one_host else min(model.bandwidth, NETWORK_CARD)
     rows = np.array(plan.first_cast_rows)
     return HIDDEN * float(transfer_seconds(rows, model, model.element_bytes, bandwidth)) / forward_seconds(model)

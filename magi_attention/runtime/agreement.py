@@ -40,8 +40,8 @@ class Agreement:
         if self._work is not None:
             self._work.wait()
             told = [tuple(digest.tolist()) for digest in self._digests]
-            self._problem = _problem([(*digest,) for *digest, _ in told])
-            self.one_host = len({host for *_, host in told}) == 1
+            self._problem = _problem([numbers[:-1] for numbers in told])
+            self.one_host = len({numbers[-1] for numbers in told}) == 1
             self._work = None
         if self._problem is not None:
             raise ValueError(self._problem)

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from magi_attention.api import calc_attn, dispatch, get_position_ids
-from magi_attention.config import CostModel, DistAttnConfig, OverlapConfig
+from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.kernels import reference
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import plan_attention
@@ -25,7 +25,7 @@ from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.rank_pool import RankPool
 
 from ..kernels.attention import check_bound
-from ..runtime.attention_on_ranks import Problem, attend_on_rank, make_key
+from ..runtime.attention_on_ranks import Problem, attend_on_rank, make_key, waiting
 from .waiting import no_wait_for_the_device
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -34,9 +34,7 @@ CONFIGS = {
     f"degree {degree}": DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=64))
     for degree in (0, 1, 3)
 }
-HIDDEN = CostModel(bandwidth=1e30, latency=0.0)
-CONFIGS["waiting"] = DistAttnConfig(overlap_config=OverlapConfig(degree=1, min_chunk_size=64, cost_model=HIDDEN))
-"""Nothing is left to do while rows travel: queries wait for them, and in short sequences, too."""
+CONFIGS["waiting"] = waiting(degree=1)
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +197,8 @@ def test_groups_interleaved(gpus: RankPool, config: str) -> None:
     masks = named_masks(2000)["varlen sliding window causal"], named_masks(2000)["varlen causal"], builders.causal(2000)
     problems = [make_problem(mask, CONFIGS[config]) for mask in masks]
     assert [own_keys_fill(problem) for problem in problems] == [True, True, False]
-    waiting = config == "waiting"
-    assert [runs_beside_own_keys(problem) for problem in problems] == [waiting, waiting, False]
+    beside = config == "waiting"
+    assert [runs_beside_own_keys(problem) for problem in problems] == [beside, beside, False]
     for parts in gpus.run(groups_of_their_own, 2, problems):
         for differences in parts:
             assert differences[0] == 0 and max(differences) < 0.05, "gradients are added up in any order"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.api import calc_attn, compute_pad_size, dispatch, magi_attn_flex_key, undispatch
-from magi_attention.config import DistAttnConfig
+from magi_attention.config import CostModel, DistAttnConfig, OverlapConfig
 from magi_attention.planning.sources import SELF_ATTENTION, Sources
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.testing.rank_pool import RankPool
@@ -16,6 +16,12 @@ from magi_attention.testing.rank_pool import RankPool
 from ..kernels import attention
 
 OPTIONS = ("softmax_scale", "softcap", "deterministic", "sm_margin")
+
+
+def waiting(degree: int) -> DistAttnConfig:
+    """Rows take no time, so that queries wait for the first stage in short sequences, too."""
+    instant = CostModel(bandwidth=1e30, latency=0.0)
+    return DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=64, cost_model=instant))
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.config import CostModel, DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig
+from magi_attention.config import DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig
 from magi_attention.mask import AttnMask
 from magi_attention.planning import plan_attention
 from magi_attention.planning.joining import join_first_stage
@@ -19,7 +19,7 @@ from magi_attention.testing.rank_pool import RankPool
 from magi_attention.testing.strategies import masks
 
 from ..kernels.attention import check_bound
-from .attention_on_ranks import Problem, attend_densely, attend_on_ranks, make_key
+from .attention_on_ranks import Problem, attend_densely, attend_on_ranks, make_key, waiting
 
 STAGED = DistAttnConfig(overlap_config=OverlapConfig(degree=3, min_chunk_size=5))
 
@@ -56,8 +56,7 @@ def test_generated_masks(
 @pytest.mark.parametrize("name", ["causal", "varlen causal", "sliding window causal", "block causal", "holes"])
 def test_queries_that_wait_for_the_first_stage(rank_pool: RankPool, name: str, degree: int) -> None:
     """For rows that take no time, some do."""
-    overlap = OverlapConfig(degree=degree, min_chunk_size=64, cost_model=CostModel(bandwidth=1e30, latency=0.0))
-    problem = Problem.random(named_masks(1200)[name], chunk_size=40, config=DistAttnConfig(overlap_config=overlap))
+    problem = Problem.random(named_masks(1200)[name], chunk_size=40, config=waiting(degree))
     plan = plan_attention(problem.mask, 3, problem.chunk_size, config=problem.config)
     assert any(join_first_stage(plan.rank(rank), one_host=True) for rank in range(3))
     check_fp64(rank_pool, 3, problem)

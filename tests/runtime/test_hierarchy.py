@@ -23,7 +23,7 @@ from magi_attention.api import (
 )
 from magi_attention.comm import hierarchical_exchange
 from magi_attention.comm.chain import PendingStep
-from magi_attention.config import CostModel, DistAttnConfig, OverlapConfig
+from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import plan_attention
 from magi_attention.planning.joining import join_first_stage
@@ -33,7 +33,7 @@ from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.rank_pool import RankPool
 from magi_attention.testing.strategies import masks
 
-from .attention_on_ranks import Problem, Result, attend, attend_densely
+from .attention_on_ranks import Problem, Result, attend, attend_densely, waiting
 
 Mesh = tuple[int, int]
 T = TypeVar("T")
@@ -110,8 +110,7 @@ def test_values_of_another_head_dim(rank_pool: RankPool, head_dim_v: int) -> Non
 @pytest.mark.parametrize("degree", [1, 3])
 def test_queries_that_wait_for_the_first_stage(rank_pool: RankPool, degree: int) -> None:
     """For rows that take no time, some do; here, own rows lie ahead of those that come in two levels."""
-    overlap = OverlapConfig(degree=degree, min_chunk_size=64, cost_model=CostModel(bandwidth=1e30, latency=0.0))
-    config = DistAttnConfig(overlap_config=overlap)
+    config = waiting(degree)
     problem = Problem.random(named_masks(1300)["varlen causal"], chunk_size=40, config=config)
     plan = plan_attention(problem.mask, 4, problem.chunk_size, config=config).on_mesh((2, 2))
     assert all(join_first_stage(plan.rank(rank), one_host=True) for rank in range(4))

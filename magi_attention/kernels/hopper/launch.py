@@ -65,7 +65,7 @@ def launch_forward(
     apart = schedule.part is not None and schedule.part.apart
     num_windows = windows_to_compute(walk, is_later, all_at_once=sink is not None and not apart)
     if num_windows < len(walk.windows) and not (is_later or apart):
-        fill_lse(state)
+        fill_lse(state, None)
     if num_windows == 0:
         return
     is_later = is_later and not apart  # what is apart is written as if there were nothing else
@@ -112,25 +112,22 @@ def windows_to_compute(walk: DeviceWalk, is_later: bool, all_at_once: bool) -> i
     return len(walk.windows) if all_at_once else walk.num_begun
 
 
-def fill_lse(state: State) -> None:
-    """Write that queries have attended nothing yet, for those that no window is computed of."""
-    state.lse.fill_(-torch.inf)
+def fill_lse(state: State, sink: torch.Tensor | None) -> None:
+    """Write that queries have attended no key, for those that no window is computed of."""
+    if sink is None:
+        state.lse.fill_(-torch.inf)
+    else:
+        state.lse.copy_(sink[:, None])
     if state.row_max is not None:
         state.row_max.fill_(-torch.inf)
 
 
 def fill_without_keys(state: State, sink: torch.Tensor | None) -> None:
     """Write what queries have that attend no key."""
-    out, lse, sums, row_max = state
-    out.zero_()
-    if sink is None:
-        lse.fill_(-torch.inf)
-    else:
-        lse.copy_(sink[:, None])
-    if sums is not None:
-        sums.zero_()
-    if row_max is not None:
-        row_max.fill_(-torch.inf)
+    state.out.zero_()
+    if state.sums is not None:
+        state.sums.zero_()
+    fill_lse(state, sink)
 
 
 def launch_backward(
