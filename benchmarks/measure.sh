@@ -25,7 +25,7 @@ tests)
     on 0 280 engines python3 -m pytest -q -n 12 tests/gpu/test_engines.py tests/gpu/test_comm_rows.py
     on 1 280 memcheck compute-sanitizer --tool memcheck python3 tests/gpu/sanitize.py
     on 2 280 racecheck compute-sanitizer --tool racecheck python3 tests/gpu/sanitize.py
-    timeout 280 python3 -m pytest -q tests/gpu/test_four_gpus.py tests/gpu/test_distributed.py >"$out/nccl.log" 2>&1 || true
+    timeout 280 python3 -m pytest -q tests/gpu/test_four_ranks.py tests/gpu/test_distributed.py >"$out/nccl.log" 2>&1 || true
     ;;
 one)
     flex=(python3 benchmarks/bench_flex_attn.py)

@@ -22,7 +22,7 @@ Backend = Literal["gloo", "nccl"]
 class RankPool:
     """``max_size`` processes in one world, with a group of the first n ranks for every n.
 
-    With NCCL as the backend each process has a GPU of its own, and gloo for tensors on the CPU.
+    With NCCL as the backend each process has a GPU, see ``take_gpu``, and gloo for tensors on the CPU.
 
     ``pool.run(function, size, *args)`` calls ``function(rank, group, *args)`` on the first ``size`` ranks and returns
     their results in order. The function must be importable, arguments and results picklable. The processes start at
@@ -93,6 +93,20 @@ class RankPool:
         self._connections, self._processes = [], []
 
 
+def take_gpu(rank: int, world_size: int) -> None:
+    """Make a GPU the current one of this process, before it joins a world in which all are processes of this host.
+
+    Ranks share GPUs if there are too few. NCCL would refuse that, since it takes two ranks to be a mistake that have
+    the same GPU of the same host. So they say that each is on a host of its own, and their rows go through sockets:
+    right, in the order of streams, and slow.
+    """
+    gpus = torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
+    if world_size > gpus:
+        os.environ["NCCL_HOSTID"] = f"rank {rank}"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
 @dataclass(frozen=True)
 class _World:
     """A process's place in the world, and how to find the others."""
@@ -113,7 +127,7 @@ def _serve(world: _World, connection: Connection) -> None:
     # Fills uninitialised memory with NaN, too. Not all that tests do on a GPU has a deterministic implementation.
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     if on_gpu:
-        torch.cuda.set_device(rank)
+        take_gpu(rank, world.size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         init_method=f"file://{world.store}",

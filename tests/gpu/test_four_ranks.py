@@ -1,4 +1,5 @@
-"""Attention over four GPUs of one host with NCCL: in one level, between two nodes of two, and with heads split."""
+"""Attention over four ranks with NCCL, which share GPUs if there are fewer: in one level, between two nodes of two, and
+with heads split."""
 
 from collections.abc import Iterator
 
@@ -16,8 +17,6 @@ from magi_attention.testing.rank_pool import RankPool
 from ..runtime.attention_on_ranks import Problem, attend, make_key
 from ..runtime.test_hierarchy import mesh_of
 from .test_distributed import check_on_gpu, local_inputs, make_problem, on_gpu, step
-
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 
 HEADS = 16, 4  # four for each rank of a node; kernels are compiled for the ratio, which stays that of other tests
 Nodes = tuple[int, int] | None
