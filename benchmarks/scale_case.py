@@ -99,7 +99,8 @@ class Pack:
         journey = self.journeys[transport]
         loop = journey.loops[way]
         seconds = step_seconds(loop, way, journey.work, journey.amounts, costs)
-        same_stages = np.array_equal(journey.work.part_areas, self.measured_as.work.part_areas)
+        areas = ((j.work.forward_areas, j.work.part_areas)[way] for j in (journey, self.measured_as))
+        same_stages = np.array_equal(*areas)
         attends = np.array([step.kind == "attend" for step in loop.steps])
         for rank, times in measured.items():
             if same_stages:
@@ -150,6 +151,11 @@ class Case:
     def ranks(self) -> int:
         """How many the sequence is cut among."""
         return self.cp_size // self.head_parts
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all GPUs are in one node."""
+        return self.cp_size <= self.problem.network.gpus_per_node
 
     @property
     def network(self) -> Network:
@@ -216,12 +222,12 @@ class Case:
         return min(degree for degree, s in seconds.items() if s <= fastest * CLOSE_ENOUGH)
 
     def _pack(self, plan: AttnPlan) -> Pack:
-        work = Work.of(plan)
+        work = Work.of(plan, self.one_host)
         journeys = {}
         for transport in self.transports:
             if transport == TWO_LEVEL:
                 aligned = plan.on_mesh((self.ranks // self.network.gpus_per_node, self.network.gpus_per_node))
-                journeys[transport] = self._journey(aligned, Work.of(aligned, work), transport)
+                journeys[transport] = self._journey(aligned, Work.of(aligned, self.one_host, work), transport)
             else:
                 journeys[transport] = self._journey(plan, work, transport)
         return Pack(plan, journeys)

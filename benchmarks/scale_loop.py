@@ -21,6 +21,7 @@ from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.params import AttnParams
 from magi_attention.mask import builders
 from magi_attention.planning import RankPlan, plan_attention
+from magi_attention.planning.joining import join_first_stage
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.program import RankProgram
 
@@ -89,15 +90,22 @@ class Bench:
         return tuple(torch.randn(*s, heads.dim, dtype=self.dtype, device=self.device) for s in shapes)
 
 
-def measure_rank(bench: Bench, plan: RankPlan, heads: Heads, seconds: float) -> tuple[Pass, Pass]:
-    """Time the forward and the backward pass of a rank's loop, for about ``seconds`` in all; medians.
+def measure_rank(bench: Bench, plan: RankPlan, heads: Heads, seconds: float, one_host: bool) -> tuple[Pass, Pass]:
+    """Time the forward and the backward pass of a rank's loop; medians.
+
+    Args:
+        bench: What it runs on.
+        plan: The rank's plan.
+        heads: Heads of the rank.
+        seconds: About how long to time it in all.
+        one_host: Whether all ranks are on one host.
 
     Raises:
         ArithmeticError: If a result is not finite.
     """
     wire = CutWire(plan.rank, plan.dispatch.cp_size, Recorder(bench.clock))
     run = _runner(bench, plan, heads, wire)
-    program = _prepare(bench, plan, wire)
+    program = _prepare(bench, plan, wire, one_host)
     recorded = replace(program, engine=RecordedEngine(bench.engine, wire.recorder))
     _check_finite(run(recorded)[1])  # the first run compiles, and makes what is made at first use
     start = time.monotonic()
@@ -149,7 +157,7 @@ def loop_of(num_stages: int, grad_wire_dtype: GradWireDtype = "float32") -> tupl
     plan = plan_attention(builders.causal(cp_size * rows), cp_size, rows, config=config).rank(cp_size - 1)
     bench = Bench(reference, AttnParams(softmax_scale=1.0), torch.device("cpu"), HostClock())
     wire = CutWire(plan.rank, cp_size, Recorder(bench.clock))
-    program = _prepare(bench, plan, wire)
+    program = _prepare(bench, plan, wire, one_host=True)
     recorded = replace(program, engine=RecordedEngine(bench.engine, wire.recorder))
     passes, _ = _runner(bench, plan, Heads(1, 1, 8), wire)(recorded)
     sends = [sum(step.kind == "send" for step in p.steps) for p in passes]
@@ -202,12 +210,9 @@ def replay(
     return clock, waited
 
 
-def _prepare(bench: Bench, plan: RankPlan, wire: CutWire) -> RankProgram:
-    """The rank's program, in which no query waits for the first stage with its own keys.
-
-    What ranks take that are not measured is estimated from the cells of own keys and of stages, each by themselves.
-    """
-    return RankProgram.prepare(plan, CutGroup(wire), bench.engine, bench.device, joined=None)
+def _prepare(bench: Bench, plan: RankPlan, wire: CutWire, one_host: bool) -> RankProgram:
+    joined = join_first_stage(plan, one_host)
+    return RankProgram.prepare(plan, CutGroup(wire), bench.engine, bench.device, joined)
 
 
 def _runner(

@@ -8,6 +8,7 @@ import numpy as np
 from magi_attention.mask.bands import K0, K1, IntArray, crop, relocate
 from magi_attention.planning import AttnPlan
 from magi_attention.planning.cost_model import StageWork
+from magi_attention.planning.joining import cells_meanwhile
 from magi_attention.planning.runs import GroupedRuns
 
 TILE = 128
@@ -21,26 +22,42 @@ class Work:
     Attributes:
         part_areas: Unmasked cells of each rank with its own keys, then with those of each stage, ``(num_stages + 1,
             cp_size)``.
+        forward_areas: About the same of a forward pass, where some queries wait for the first stage with all their
+            keys.
         tiles: Tiles of ``TILE`` rows by ``TILE`` keys that have one of its cells, ``(cp_size,)``.
         received: Rows that each rank receives in each stage, ``(num_stages, cp_size)``.
         sent: Rows that it sends, once for each rank that they go to.
     """
 
     part_areas: IntArray
+    forward_areas: IntArray
     tiles: IntArray
     received: IntArray
     sent: IntArray
 
     @classmethod
-    def of(cls, plan: AttnPlan, other: "Work | None" = None) -> "Work":
-        """Count the work of a plan; ``other`` is that of a plan that differs in its stages only."""
+    def of(cls, plan: AttnPlan, one_host: bool, other: "Work | None" = None) -> "Work":
+        """Count the work of a plan.
+
+        Args:
+            plan: The plan.
+            one_host: Whether its ranks are on one host.
+            other: The work of a plan that differs in its stages only.
+        """
         work = StageWork.measure(plan.mask, plan.work, plan.dispatch, plan.routes)
         part_areas = np.concatenate((work.local_areas[None], work.areas))
+        forward_areas = part_areas.copy()
+        if len(work.areas):
+            model = plan.config.overlap_config.cost_model
+            kept = int(cells_meanwhile(plan.first_cast_rows, model, one_host))
+            early = np.maximum(work.local_areas - work.could_wait, np.minimum(work.local_areas, kept))
+            forward_areas[0] = early
+            forward_areas[1] += work.local_areas - early
         if other is None:
             tiles = np.array([_count_tiles(plan, rank) for rank in range(plan.cp_size)])
         else:
             tiles = other.tiles
-        return cls(part_areas, tiles, work.received, work.sent)
+        return cls(part_areas, forward_areas, tiles, work.received, work.sent)
 
     @cached_property
     def area(self) -> IntArray:

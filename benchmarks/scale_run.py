@@ -135,7 +135,7 @@ class Emulation:
         def run() -> Measured:
             most_received, most_sent = (max(rows, default=0) for rows in (received, sent))
             check_size(case.heads, most_received, buffer_bytes(case.heads, most_received, most_sent), bench.device)
-            passes = measure_rank(bench, pack.plan.rank(rank), case.heads, self.options.seconds)
+            passes = measure_rank(bench, pack.plan.rank(rank), case.heads, self.options.seconds, case.one_host)
             if any(p.steps != loop.steps for p, loop in zip(passes, pack.measured_as.loops, strict=True)):
                 raise AssertionError("the loop took other steps than on the toy problem")
             rows, area, tiles = pack.plan.dispatch.local_seqlen, int(work.area[rank]), int(work.tiles[rank])

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.config import DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig
+from magi_attention.config import CostModel, DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig
 from magi_attention.kernels import reference
 from magi_attention.kernels.params import AttnParams
 from magi_attention.mask import builders
-from magi_attention.mask.bands import ranges_to_indices
+from magi_attention.mask.bands import area, ranges_to_indices
 from magi_attention.planning import AttnPlan, plan_attention
+from magi_attention.planning.joining import join_first_stage
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -41,10 +42,12 @@ HEADS = loop.Heads(4, 2, 8)
 FREE = network.Link(0.0, math.inf)
 
 
-def make_plan(lengths: list[int], cp_size: int, degree: int = 1, chunk_size: int = 8) -> AttnPlan:
+def make_plan(
+    lengths: list[int], cp_size: int, degree: int = 1, chunk_size: int = 8, cost_model: CostModel | None = None
+) -> AttnPlan:
     """A plan of causal documents."""
     mask = builders.varlen(builders.cu_seqlens_from_lengths(lengths), causal=True)
-    overlap = OverlapConfig(degree=degree, min_chunk_size=1)
+    overlap = OverlapConfig(degree=degree, min_chunk_size=1, cost_model=cost_model or CostModel())
     return plan_attention(mask, cp_size, chunk_size, config=DistAttnConfig(overlap_config=overlap))
 
 
@@ -159,7 +162,7 @@ def test_ranks_take_the_steps_of_the_toy_problem(degree: int) -> None:
     plan = make_plan([70, 3, 40, 15], cp_size=4, degree=degree)
     bench = loop.Bench(reference, AttnParams(0.3), torch.device("cpu"), record.HostClock())
     for rank in range(4):
-        passes = loop.measure_rank(bench, plan.rank(rank), HEADS, seconds=0.0)
+        passes = loop.measure_rank(bench, plan.rank(rank), HEADS, seconds=0.0, one_host=True)
         for measured, expected in zip(passes, loop.loop_of(plan.routes.num_stages), strict=True):
             assert measured.steps == expected.steps
             assert measured.whole > 0 and 0 < measured.attend <= sum(measured.seconds)
@@ -305,7 +308,7 @@ def test_seconds_of_collectives() -> None:
 def test_work_is_counted_for_every_rank(degree: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "TILE", 4)
     plan = make_plan(some_lengths(256, seed=5), cp_size=4, degree=degree)
-    work = plans.Work.of(plan)
+    work = plans.Work.of(plan, one_host=True)
     dense = plan.mask.to_dense()
     assert work.area.sum() == plan.mask.area
     for rank in range(4):
@@ -318,9 +321,24 @@ def test_work_is_counted_for_every_rank(degree: int, monkeypatch: pytest.MonkeyP
         assert work.tiles[rank] == rows.reshape(len(rows) // 4, 4, -1, 4).any(axis=(1, 3)).sum()
 
 
+@pytest.mark.parametrize("degree", [1, 3])
+def test_forward_work_is_about_what_ranks_do_where_queries_wait(degree: int) -> None:
+    instant = CostModel(bandwidth=1e30, latency=0.0)  # so that queries wait in short sequences, too
+    plan = make_plan(some_lengths(8192, seed=5), cp_size=4, degree=degree, chunk_size=256, cost_model=instant)
+    work = plans.Work.of(plan, one_host=True)
+    own = []
+    for rank in map(plan.rank, range(4)):
+        joined = join_first_stage(rank, one_host=True)
+        own.append(area(rank.local_bands if joined is None else joined.early).sum())
+    assert (work.forward_areas.sum(axis=0) == work.area).all()
+    assert (work.forward_areas[0] < work.part_areas[0]).any()
+    without_waiting, estimated = (areas[0].sum() - sum(own) for areas in (work.part_areas, work.forward_areas))
+    assert abs(estimated) < abs(without_waiting) / 2
+
+
 def test_heaviest_ranks_are_sampled_first() -> None:
     area, received = np.array([[5, 9, 5, 1]]), np.array([[2, 1, 3, 8]])
-    work = plans.Work(area, np.array([7, 2, 1, 1]), received, received)
+    work = plans.Work(area, area, np.array([7, 2, 1, 1]), received, received)
     assert list(work.sample(3).items()) == [(1, "most area"), (3, "most rows"), (0, "most tiles")]
     assert set(work.sample(9)) == {0, 1, 2, 3}
 
@@ -337,7 +355,7 @@ def test_least_squares_finds_what_made_the_times() -> None:
 
 def measured_ranks(plan: AttnPlan, rates: costs.Costs) -> list[costs.Measured]:
     """Ranks that took as long as the costs say."""
-    work, loops = plans.Work.of(plan), loop.loop_of(plan.routes.num_stages)
+    work, loops = plans.Work.of(plan, one_host=True), loop.loop_of(plan.routes.num_stages)
     rows = plan.dispatch.local_seqlen
     amounts = costs.Amounts.of(work, HEADS, rows)
     seconds = [costs.step_seconds(loops[way], way, work, amounts, rates) for way in (FORWARD, BACKWARD)]
@@ -354,7 +372,7 @@ def test_fit_predicts_what_follows_its_form() -> None:
     plan, other = (make_plan(some_lengths(512, seed), cp_size=8, degree=2) for seed in (1, 2))
     fit = costs.Fit.to(measured_ranks(plan, rates), [loop.loop_of(plan.routes.num_stages)] * 8)
     assert all(error < 1e-6 for way in fit.error for error in way)
-    work = plans.Work.of(other)
+    work = plans.Work.of(other, one_host=True)
     amounts = costs.Amounts.of(work, HEADS, other.dispatch.local_seqlen)
     loops = loop.loop_of(other.routes.num_stages)
     for way in (FORWARD, BACKWARD):
@@ -365,7 +383,7 @@ def test_fit_predicts_what_follows_its_form() -> None:
 def test_steps_of_a_rank_add_up() -> None:
     """All rows that travel are packed and unpacked once each way, and all cells attended once."""
     plan = make_plan(some_lengths(512, seed=1), cp_size=8, degree=3)
-    work, loops = plans.Work.of(plan), loop.loop_of(plan.routes.num_stages)
+    work, loops = plans.Work.of(plan, one_host=True), loop.loop_of(plan.routes.num_stages)
     amounts = costs.Amounts.of(work, HEADS, plan.dispatch.local_seqlen)
     rates = costs.Rates(1e12, 1e12, 1e9)
     received, sent = work.received.sum(axis=0), work.sent.sum(axis=0)

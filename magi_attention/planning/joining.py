@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.config import CostModel
 from magi_attention.mask.bands import (
     K0,
     K1,
@@ -63,7 +64,8 @@ def join_first_stage(plan: RankPlan, one_host: bool) -> Joined | None:
     if not plan.stages:
         return None
     stage, own, rows = plan.stages[0], plan.local_bands, plan.local_seqlen_q
-    kept = 0 if plan.blocking else _cells_meanwhile(plan, one_host)
+    model = plan.config.overlap_config.cost_model
+    kept = 0 if plan.blocking else cells_meanwhile(plan.first_cast_rows, model, one_host)
     waiting = choose_waiting(own, attending_rows(stage.bands, rows), kept)
     joined, *_ = crop(own, *waiting.T)
     if not len(joined):
@@ -100,9 +102,14 @@ def choose_waiting(own: IntArray, attends_stage: NDArray[np.bool_], kept: float)
     return merge_runs(runs[most_first[before >= missing]])
 
 
-def _cells_meanwhile(plan: RankPlan, one_host: bool) -> float:
-    """Cells that are computed in the time that is kept for the first cast."""
-    model = plan.config.overlap_config.cost_model
+def cells_meanwhile(first_cast_rows: int, model: CostModel, one_host: bool) -> float:
+    """Cells that are computed in the time that is kept for the first cast.
+
+    Args:
+        first_cast_rows: The most rows that a rank sends or receives in it.
+        model: What it takes.
+        one_host: Whether the rows travel inside of a host.
+    """
     bandwidth = model.bandwidth if one_host else min(model.bandwidth, NETWORK_CARD)
-    rows = np.array(plan.first_cast_rows)
+    rows = np.array(first_cast_rows)
     return HIDDEN * float(transfer_seconds(rows, model, model.element_bytes, bandwidth)) / forward_seconds(model)
