@@ -118,6 +118,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     uneven = [n for n in args.cp_sizes if n < 2 or (n > args.gpus_per_node and n % args.gpus_per_node)]
     if uneven:
         parser.error(f"--cp-sizes must be at least 2 and fill nodes of {args.gpus_per_node} GPUs, got {uneven}")
+    if min(args.degrees) < 1:
+        parser.error(f"--degrees must be at least 1, so that rows travel beside computation, got {args.degrees}")
     if args.tokens % args.chunk_size:
         parser.error(f"--tokens must be a multiple of --chunk-size {args.chunk_size}, got {args.tokens}")
     if args.rates and args.reuse:

@@ -112,6 +112,7 @@ def measure_rank(bench: Bench, plan: RankPlan, heads: Heads, seconds: float, one
     rounds = [run(recorded)[0]]
     count = num_rounds(seconds / 2, time.monotonic() - start)
     rounds += [run(recorded)[0] for _ in range(count - 1)]
+    wire.fills = False  # or it would be timed, beside own keys that are attended meanwhile
     wholes = [run(program)[0] for _ in range(count)]
     forward, backward = (
         _medians([r[way] for r in rounds], statistics.median(w[way].whole for w in wholes)) for way in (0, 1)

@@ -7,7 +7,7 @@ import numpy as np
 
 from magi_attention.mask.bands import K0, K1, IntArray, crop, relocate
 from magi_attention.planning import AttnPlan
-from magi_attention.planning.cost_model import StageWork
+from magi_attention.planning.cost_model import StageWork, before_first_stage
 from magi_attention.planning.joining import cells_meanwhile
 from magi_attention.planning.runs import GroupedRuns
 
@@ -50,7 +50,7 @@ class Work:
         if len(work.areas):
             model = plan.config.overlap_config.cost_model
             kept = int(cells_meanwhile(plan.first_cast_rows, model, one_host))
-            early = np.maximum(work.local_areas - work.could_wait, np.minimum(work.local_areas, kept))
+            early = before_first_stage(work.local_areas, work.could_wait, kept)
             forward_areas[0] = early
             forward_areas[1] += work.local_areas - early
         if other is None:

@@ -111,14 +111,16 @@ class Emulation:
                         case.measured[number, rank] = times.measured
 
     def find(self, case: Case, number: int, rank: int, pack: Pack) -> RankTimes | None:
-        """The times of a rank in the earlier run, if it moved the same rows in the same steps."""
+        """The times of a rank in the earlier run, if it moved the same rows, of as many heads, in the same steps."""
         for times in self.options.earlier.measured:
             where = times.mask, times.method, times.cp_size, times.pack, times.rank
             if where == (case.mask, case.method, case.cp_size, number, rank) and times.measured is not None:
                 work, done = pack.measured_as.work, times.measured
                 rows = tuple(work.received[:, rank].tolist()), tuple(work.sent[:, rank].tolist())
                 steps = [loop.steps for loop in pack.measured_as.loops]
-                if (done.received, done.sent, [p.steps for p in done.passes]) == (*rows, steps):
+                sizes = pack.plan.dispatch.local_seqlen, case.heads
+                before = done.num_rows, done.heads, done.received, done.sent, [p.steps for p in done.passes]
+                if before == (*sizes, *rows, steps):
                     return times
         return None
 

@@ -584,6 +584,8 @@ def test_run_on_a_cpu_and_its_times_again(monkeypatch: pytest.MonkeyPatch, tmp_p
     again = run(monkeypatch, tmp_path / "second", *sizes, *reuse)
     assert again.measured == report.measured
     assert speeds(again) == speeds(report)
+    other_heads = run(monkeypatch, tmp_path / "other", *sizes, *reuse, "--heads", "6:3")
+    assert not other_heads.measured
     # Another network changes what is modelled, and no time of a rank.
     (tmp_path / "links.json").write_text(json.dumps([[1e3, 1.0], [1e6, 2.0]]))
     links = ["--links", str(tmp_path / "links.json"), "--degrees", "1"]
@@ -618,6 +620,7 @@ def test_rank_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, tmp_pat
     [
         (["--cp-sizes", "1"], "--cp-sizes must be at least 2"),
         (["--cp-sizes", "12"], "fill nodes of 8 GPUs, got [12]"),
+        (["--degrees", "0", "2"], "--degrees must be at least 1"),
         (["--chunk-size", "3000"], "--tokens must be a multiple of --chunk-size 3000, got 8192"),
         (["--heads", "64:7"], "argument --heads"),
         (["--rates", "sideways=3"], "argument --rates"),

@@ -246,7 +246,8 @@ def calc_attn(
         softmax_scale: Factor of the scores, ``head_dim ** -0.5`` by default; the same on every rank, as all options.
         softcap: If not 0, scores ``x`` become ``softcap * tanh(x / softcap)``.
         deterministic: Ask for engines' gradients that are equal bit by bit from run to run, where that costs time.
-        sm_margin: How many multiprocessors of a GPU kernels leave to others, such as communication.
+        sm_margin: How many multiprocessors of a GPU those kernels leave to others that have transfers beside them.
+            Without it they leave room as programs end.
         engine: The name of the engine that computes. None chooses one by device, dtype and head_dims, see
             :func:`magi_attention.kernels.explain`.
         sink: An attention sink for each query head, shape ``(num_heads_q,)``, fp32 or of ``q``'s dtype, see

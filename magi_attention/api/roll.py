@@ -27,7 +27,7 @@ def roll(x: torch.Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> torc
 
     Args:
         x: Local rows, as :func:`~magi_attention.api.magi_attn_interface.dispatch` returns them (of queries, in
-            cross-attention), any dtype; dimension
+            cross-attention), of any dtype that the backend sends; dimension
             ``dim`` has ``local_seqlen`` entries, the others are the same on every rank.
         shift: How many places each row moves towards the end of the sequence; negative towards its start. Any integer,
             the same on every rank.

@@ -67,7 +67,8 @@ class Transfer:
     giving the memory away too early: both matrices belong to the stream that was current when the transfer started, for
     which NCCL waits first, and they are held here, and by ``work``, until :meth:`wait` makes that stream wait for NCCL.
     When they are freed later, whatever gets their memory comes after the transfer on that stream. So ``record_stream``
-    is not needed, as long as :meth:`wait` is called on the stream on which the transfer was started.
+    is not needed, as long as :meth:`wait` is called on the stream on which the transfer was started, or on one that it
+    waits for, see :mod:`magi_attention.comm.chain`.
 
     Attributes:
         sent: The matrix that the transport reads.

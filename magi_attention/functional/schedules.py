@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from magi_attention.kernels.captured import keep_if_captured
 from magi_attention.kernels.engine import Engine
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray
@@ -112,7 +113,7 @@ def compile_mask(engine: Engine, mask: MaskTensors) -> CompiledMask:
         snapshots = [_Snapshot(x) for x in mask.tensors]
         compiled = _read_and_compile(engine, mask)
         _snapshots.put(engine, mask, snapshots, compiled)
-    return compiled
+    return keep_if_captured(compiled, mask.q_ranges.device)
 
 
 def _read_and_compile(engine: Engine, mask: MaskTensors) -> CompiledMask:

@@ -4,8 +4,9 @@ Each query's softmax goes on where the part before left it. A query that attends
 rounded and stored once, as if there were no parts. Only of the others are the sums kept in the accumulation type, so
 that parts cost nothing where they change nothing.
 
-If no query attends two parts, they are *apart*: each call writes its own queries and no others, and calls need nothing
-from each other. The first one also writes the queries that attend nothing.
+If no query attends two parts, some attend the first, and those of one part stand side by side, parts are *apart*: each
+call writes its own queries and no others, and calls need nothing from each other. The first one also writes the queries
+that attend nothing.
 """
 
 from collections.abc import Sequence

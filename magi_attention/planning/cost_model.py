@@ -21,6 +21,7 @@ from magi_attention.planning.routing import Routes
 from magi_attention.planning.runs import GroupedRuns, sum_by_group
 
 FloatArray = NDArray[np.floating[Any]]
+Array = NDArray[Any]
 
 HIDDEN = 2
 """Work that is kept for the time in which rows of the first stage travel, as a multiple of that: ranks are never quite
@@ -167,12 +168,23 @@ class PassCosts:
         stages, local = self.stages + self.merging, self.local
         if len(stages):
             meanwhile = np.where(blocking, 0.0, HIDDEN * self.casts[0])[..., None]
-            local = np.maximum(self.local - self.could_wait, np.minimum(self.local, meanwhile))
+            local = before_first_stage(self.local, self.could_wait, meanwhile)
             waiting = self.local - local
             nothing = self.could_wait == 0  # could wait, so that all of what merging takes is saved
             share = np.where(nothing, 1.0, waiting / np.where(nothing, 1.0, self.could_wait))
             stages[0] += waiting - self.merging[0] * share
         return replace(self, local=local, stages=stages, merging=None)
+
+
+def before_first_stage(local: Array, could_wait: Array | float, meanwhile: Array | float) -> Array:
+    """About how much of the work with own keys does not wait for the first stage, in whatever unit.
+
+    Args:
+        local: The work with own keys.
+        could_wait: Of queries that attend the first stage.
+        meanwhile: What is kept for the time in which its rows travel.
+    """
+    return np.maximum(local - could_wait, np.minimum(local, meanwhile))
 
 
 def forward_seconds(model: CostModel) -> float:

@@ -116,10 +116,6 @@ class Routes:
         """Rows that each rank receives, ``(cp_size,)``."""
         return sum_by_group(self.receiver, self.rows, cp_size)
 
-    def rows_sent(self, cp_size: int) -> IntArray:
-        """Rows that each rank sends, a row once for every rank it goes to, ``(cp_size,)``."""
-        return sum_by_group(self.owner, self.rows, cp_size)
-
 
 def _stage_borders(received: IntArray, max_stages: int, min_rows: int) -> tuple[IntArray, int]:
     """Where stages begin in the line of all received rows, receiver by receiver, and the number of stages."""

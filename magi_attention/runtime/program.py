@@ -52,7 +52,7 @@ class RankProgram:
         engine: The attention kernels.
         forward: The forward pass, in which queries may wait for the first stage.
         backward: The backward pass, with the same exchanges.
-        parts_apart: Whether no query is attended both in ``forward.local`` and in a stage, or in two stages.
+        parts_apart: Whether the calls of the forward pass are apart, see :mod:`magi_attention.kernels.parts`.
         own_keys_fill: Whether own keys fill what stages leave in the backward pass, if the engine allows it.
         rounds_grads: Whether partial gradients of keys travel home in the type of the keys.
     """

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from magi_attention.kernels.captured import keep_if_captured
 from magi_attention.kernels.engine import Engine
 from magi_attention.planning import DispatchPlan, RankPlan
 from magi_attention.planning.joining import join_first_stage
@@ -69,7 +70,7 @@ class DistAttnRuntime:
             planned = self.cp_group.planned_for(self.plan.config.intra_node)
             joined = join_first_stage(self.plan, self.agreement.one_host)
             self._programs[name] = RankProgram.prepare(self.plan, planned, engine, device, joined)
-        return self._programs[name]
+        return keep_if_captured(self._programs[name], device)
 
     def dispatch_of(self, side: Side) -> DispatchPlan:
         """The chunks of queries, ``"q"``, or of keys, ``"k"``.
@@ -91,17 +92,17 @@ class DistAttnRuntime:
         name: tuple[Side, torch.device] = ("q" if plan is self.dispatch else "k", device)
         if name not in self._dispatches:
             self._dispatches[name] = DispatchProgram(plan, self.group, device)
-        return self._dispatches[name]
+        return keep_if_captured(self._dispatches[name], device)
 
     def roll(self, shift: int, device: torch.device) -> RollProgram:
         """A shift of the sequence made ready for a device."""
         name = (shift % self.dispatch.total_seqlen, device)
         if name not in self._rolls:
             self._rolls[name] = RollProgram.on_device(plan_roll(self.dispatch, self.rank, name[0]), device)
-        return self._rolls[name]
+        return keep_if_captured(self._rolls[name], device)
 
     def free_devices(self) -> None:
-        """Forget what was made for devices, which is made anew when it is needed again."""
+        """Forget what was made for devices and is read by no CUDA graph. It is made anew when it is needed again."""
         self._programs.clear()
         self._dispatches.clear()
         self._rolls.clear()

@@ -1,6 +1,7 @@
 """Side groups: more process groups of the same ranks, for what the one that users give does not do, or not as well.
 
-They are made at first use, by its ranks alone, and kept. To make one is a collective.
+They are made at first use, by its ranks alone. To make one is a collective. They are kept until the process ends, also
+when the user's group is destroyed: with NCCL to end one is a collective, too, which ranks would come to at other times.
 
 ``torch.distributed.new_group`` is not what makes them. Without ``use_local_synchronization`` all ranks of the job would
 have to call it, also those of other groups. With it, ranks wait for each other under a name that counts the groups each
