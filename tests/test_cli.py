@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from magi_attention.cli import doctor, main
-from magi_attention.cli.plan import MASK_OPTIONS, MASKS
+from magi_attention.cli.plan import FURTHER_OPTIONS, MASKS
 from magi_attention.mask import builders
 
 LENGTHS = [700, 1, 333, 40, 150]
@@ -57,8 +57,8 @@ def test_every_mask(mask: str, lengths: Path, tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "plan.json"
     arguments = ["--mask", mask, "--lengths", lengths, "--cp-size", 2, "--chunk-size", 32, "--json", out]
     options = {"window": (99, 0), "global_size": (2,), "block_size": (64,), "prefix": (100,)}
-    for name, (_, masks) in MASK_OPTIONS.items():
-        if mask in masks:
+    for name, (_, other, masks) in FURTHER_OPTIONS.items():
+        if other == "mask" and mask in masks:
             arguments += (f"--{name.replace('_', '-')}", *options[name])
     assert plan(*arguments) == 0
     printed = capsys.readouterr().out
@@ -102,11 +102,20 @@ def test_bad_lengths(text: str, message: str, tmp_path: Path, capsys: pytest.Cap
     assert message in capsys.readouterr().err
 
 
-def test_options_of_other_masks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan("--mask", "causal", "--seqlen", 100, "--cp-size", 2, "--window", 9, 0) == 2
-    assert "--window is for --mask sliding-window or global-sliding-window, not for --mask causal" in (
-        capsys.readouterr().err
-    )
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--window", 9, 0), "--window is for --mask sliding-window or global-sliding-window, not for --mask causal"),
+        (
+            ("--balance", "zigzag", "--tolerance", 0.5),
+            "--tolerance is for --balance locality, not for --balance zigzag",
+        ),
+        (("--degree", 2, "--max-degree", 3), "--max-degree is for --degree dynamic, not for --degree 2"),
+    ],
+)
+def test_options_without_use(options: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--mask", "causal", "--seqlen", 100, "--cp-size", 2, *options) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def pad_at_dim(x: torch.Tensor, dim: int, pad_size: int, value: float = 0.0, sid
         side: ``"right"`` to add behind, ``"left"`` to add before.
 
     Raises:
-        TypeError: If ``pad_size`` is not an integer.
+        TypeError: If ``x`` is not a tensor, or ``pad_size`` not an integer.
         ValueError: If it is negative, ``dim`` is no dimension of ``x``, or ``side`` is unknown.
     """
     pad_size = as_length(pad_size, "pad_size")
@@ -57,7 +57,7 @@ def unpad_at_dim(x: torch.Tensor, dim: int, pad_size: int, side: str = "right") 
     """Drop ``pad_size`` entries of one dimension; the inverse of :func:`pad_at_dim`.
 
     Raises:
-        TypeError: If ``pad_size`` is not an integer.
+        TypeError: If ``x`` is not a tensor, or ``pad_size`` not an integer.
         ValueError: If it is negative or more than there is, ``dim`` is no dimension of ``x``, or ``side`` is unknown.
     """
     pad_size = as_length(pad_size, "pad_size")
@@ -69,10 +69,16 @@ def unpad_at_dim(x: torch.Tensor, dim: int, pad_size: int, side: str = "right") 
 
 
 def _checked_dim(x: torch.Tensor, dim: int) -> int:
+    _check_tensor(x)
     dim = as_int(dim, "dim")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim must be one of the {x.ndim} dimensions of x, {tuple(x.shape)}, not {dim}")
     return dim
+
+
+def _check_tensor(x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
 
 
 def _check_side(side: str) -> None:
@@ -119,8 +125,10 @@ def squash_batch_dim(x: torch.Tensor) -> torch.Tensor:
     """Pack a batch into one sequence: ``(batch, seqlen, ...)`` to ``(batch * seqlen, ...)``.
 
     Raises:
+        TypeError: If ``x`` is not a tensor.
         ValueError: If ``x`` has fewer than two dimensions.
     """
+    _check_tensor(x)
     if x.ndim < 2:
         raise ValueError(f"x must have a batch and a sequence dimension, but its shape is {tuple(x.shape)}")
     return x.flatten(0, 1)

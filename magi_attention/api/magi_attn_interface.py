@@ -235,6 +235,9 @@ def calc_attn(
     travel while another is computed. With ``DistAttnConfig(intra_node="heads")`` the ranks of a node first exchange
     their rows for those of all of them with some heads, and each row of these heads goes to the nodes that attend it.
 
+    Inputs must be finite, padding rows included, whose queries nobody sees: 0 times NaN is NaN. On GPUs, calls with one
+    key belong on one stream, or on streams that wait for each other.
+
     Args:
         q: Queries of the local rows, shape ``(local_seqlen_q, num_heads_q, head_dim)``, fp32, fp64, bf16 or fp16.
         k: Keys of the local rows, shape ``(local_seqlen_k, num_heads_kv, head_dim)``; ``num_heads_kv`` divides

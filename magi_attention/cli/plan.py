@@ -39,13 +39,15 @@ MASKS: dict[str, Callable[[argparse.Namespace, list[int]], AttnMask]] = {
     "shared-prefix": lambda args, cu: builders.shared_prefix(cu[1], [b - a for a, b in pairwise(cu[1:])]),
 }
 
-MASK_OPTIONS: dict[str, tuple[object, tuple[str, ...]]] = {
-    "window": ((1023, 0), ("sliding-window", "global-sliding-window")),
-    "global_size": (4, ("global-sliding-window",)),
-    "block_size": (2048, ("block-causal",)),
-    "prefix": (256, ("prefix-lm",)),
+FURTHER_OPTIONS: dict[str, tuple[object, str, tuple[str, ...]]] = {
+    "window": ((1023, 0), "mask", ("sliding-window", "global-sliding-window")),
+    "global_size": (4, "mask", ("global-sliding-window",)),
+    "block_size": (2048, "mask", ("block-causal",)),
+    "prefix": (256, "mask", ("prefix-lm",)),
+    "tolerance": (0.02, "balance", ("locality",)),
+    "max_degree": (4, "degree", ("dynamic",)),
 }
-"""What options of masks are if they are not given, and which masks have them."""
+"""What options are if they are not given, and which values of which other option have them."""
 
 COLUMNS = """\
 columns of the table:
@@ -97,23 +99,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     length.add_argument("--seqlen", type=int, metavar="N", help="one document of N tokens")
     plan.add_argument("--cp-size", type=int, required=True, metavar="P", help="number of ranks")
     plan.add_argument("--chunk-size", type=int, default=512, metavar="N", help="tokens in a chunk")
-    add_mask_option(
+    add_further_option(
         plan, "window", nargs=2, metavar=("LEFT", "RIGHT"), help="tokens before and after that a query sees"
     )
-    add_mask_option(plan, "global_size", metavar="N", help="first keys that all queries see")
-    add_mask_option(plan, "block_size", metavar="N", help="tokens in a block")
-    add_mask_option(plan, "prefix", metavar="N", help="bidirectional prefix of each document")
+    add_further_option(plan, "global_size", metavar="N", help="first keys that all queries see")
+    add_further_option(plan, "block_size", metavar="N", help="tokens in a block")
+    add_further_option(plan, "prefix", metavar="N", help="bidirectional prefix of each document")
     plan.add_argument(
         "--balance",
         choices=("locality", "heap", "contiguous", "zigzag"),
         default="locality",
         help="how chunks are given to ranks",
     )
-    plan.add_argument("--tolerance", type=float, default=0.02, help="allowed imbalance of --balance locality")
+    add_further_option(plan, "tolerance", type=float, metavar="X", help="allowed imbalance")
     plan.add_argument(
         "--degree", type=degree, default=1, metavar="N", help="overlap stages, or dynamic: as predicted times say"
     )
-    plan.add_argument("--max-degree", type=int, default=4, metavar="N", help="most stages of --degree dynamic")
+    add_further_option(plan, "max_degree", metavar="N", help="most stages")
     plan.add_argument("--min-stage-rows", type=int, default=512, metavar="N", help="fewest rows in a stage")
     plan.add_argument("--json", type=Path, metavar="OUT", help="write the plan as JSON")
     plan.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the plan")
@@ -134,30 +136,32 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Help with defaults, and with the columns one below the other."""
 
 
-def add_mask_option(parser: argparse.ArgumentParser, name: str, help: str, **options: Any) -> None:
-    """Add an option of some masks; left out, it is not there, so that it can be told from its default."""
-    default, masks = MASK_OPTIONS[name]
+def add_further_option(
+    parser: argparse.ArgumentParser, name: str, help: str, type: Callable[[str], object] = int, **options: Any
+) -> None:
+    """Add one of ``FURTHER_OPTIONS``; left out, it is not there, so that it can be told from its default."""
+    default, other, values = FURTHER_OPTIONS[name]
     text = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    help = f"{help}; for {' and '.join(masks)} (default: {text})"
-    parser.add_argument("--" + name.replace("_", "-"), type=int, default=argparse.SUPPRESS, help=help, **options)
+    help = f"{help}; for --{other} {' and '.join(values)} (default: {text})"
+    parser.add_argument("--" + name.replace("_", "-"), type=type, default=argparse.SUPPRESS, help=help, **options)
 
 
-def complete_mask_options(args: argparse.Namespace) -> None:
-    """Give options of masks their defaults.
+def complete_options(args: argparse.Namespace) -> None:
+    """Give ``FURTHER_OPTIONS`` their defaults.
 
     Raises:
-        ValueError: If one was given that ``--mask`` does not have.
+        ValueError: If one was given that another option leaves no use for.
     """
-    for name, (default, masks) in MASK_OPTIONS.items():
-        if hasattr(args, name) and args.mask not in masks:
+    for name, (default, other, values) in FURTHER_OPTIONS.items():
+        if hasattr(args, name) and (given := getattr(args, other)) not in values:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is for --mask {' or '.join(masks)}, not for --mask {args.mask}")
+            raise ValueError(f"{option} is for --{other} {' or '.join(values)}, not for --{other} {given}")
         setattr(args, name, getattr(args, name, default))
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, write and draw."""
-    complete_mask_options(args)
+    complete_options(args)
     lengths = read_lengths(args.lengths) if args.lengths else [args.seqlen]
     cu_seqlens = builders.cu_seqlens_from_lengths(lengths).tolist()
     config = DistAttnConfig(
@@ -192,16 +196,16 @@ def draw(plan: AttnPlan, timeline: Timeline, args: argparse.Namespace) -> None:
         plot_timeline(timeline, args.timeline_plot, title=repr(plan.mask))
 
 
-def degree(text: str) -> int | None:
-    """What ``--degree`` stands for; None for ``dynamic``."""
-    return None if text == "dynamic" else int(text)
+def degree(text: str) -> int | str:
+    """What ``--degree`` stands for."""
+    return text if text == "dynamic" else int(text)
 
 
 def overlap_config(args: argparse.Namespace) -> OverlapConfig:
     """What the options about stages and costs stand for."""
     costs = CostModel(**{cost.name: getattr(args, cost.name) for cost in dataclasses.fields(CostModel)})
     options = {"min_chunk_size": args.min_stage_rows, "max_degree": args.max_degree, "cost_model": costs}
-    if args.degree is None:
+    if args.degree == "dynamic":
         return OverlapConfig(AttnOverlapMode.DYNAMIC, **options)
     return OverlapConfig(degree=args.degree, **options)
 

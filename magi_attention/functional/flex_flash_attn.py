@@ -35,7 +35,9 @@ def flex_flash_attn_func(
     ``attn_type_map[n]`` says.
 
     Slices may share queries, and share keys, in any order, but no (query, key) cell belongs to two of them: a query's
-    softmax runs once over all keys that its slices give it. A query of no slice attends nothing.
+    softmax runs once over all keys that its slices give it. A query of no slice attends nothing. Inputs must be finite,
+    also queries that attend nothing and keys that nobody attends. On a GPU, calls with one mask belong on one stream,
+    or on streams that wait for each other.
 
     The mask is compiled on the CPU, and kept for the next calls. Calls with the same range tensors do not read them
     again unless something was written to them; other tensors are read, which waits for their GPU. Writing through

@@ -41,9 +41,9 @@ class AttnParams:
                 if isinstance(value, bool) or not isinstance(value, Real):
                     raise TypeError(f"{name} must be a number, got {value!r}")
                 object.__setattr__(self, name, float(value))
-        if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
+        if not 0 < self.softmax_scale < math.inf:  # comparisons, unlike math.isfinite, are traced by torch.compile
             raise ValueError(f"softmax_scale must be positive and finite, got {self.softmax_scale}")
-        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+        if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap must be 0 (none) or positive and finite, got {self.softcap}")
         for name in ("deterministic", "return_max_logits"):
             object.__setattr__(self, name, as_flag(getattr(self, name), name))

@@ -144,7 +144,7 @@ def block_causal(cu_seqlens: SeqlensLike, block_size: int, window: int = -1, cau
     """
     borders = _borders(cu_seqlens, "cu_seqlens")
     block_size = as_size(block_size, "block_size")
-    reach = min(_limit(window, "window") * block_size, _FAR)
+    reach = min(_distance(_as_limit(window, "window")) * block_size, _FAR)
     count = -(-np.diff(borders) // block_size)
     document = np.repeat(np.arange(len(count)), count)
     start = borders[document] + block_size * ranges_to_indices(np.zeros_like(count), count)
@@ -229,19 +229,35 @@ def _stack(*columns: IntArray | int) -> IntArray:
     return np.stack(np.broadcast_arrays(*columns), axis=1)
 
 
-def _strip(diagonal: IntArray, window_size: tuple[int, int]) -> tuple[IntArray, IntArray]:
-    """``lo`` and ``hi`` of a window around the diagonal ``j - i = diagonal``."""
-    if not isinstance(window_size, Sequence) or len(window_size) != 2:
+def as_window(window_size: IntegersLike) -> tuple[int, int]:
+    """``(left, right)`` as Python ints, each at least 0, or -1 for no limit.
+
+    Raises:
+        TypeError: If one is not an integer.
+        ValueError: If ``window_size`` is no pair, or one is below -1.
+    """
+    pair = window_size if isinstance(window_size, Sequence) else getattr(window_size, "tolist", lambda: None)()
+    if not isinstance(pair, Sequence) or len(pair) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
-    left, right = (_limit(size, f"window_size[{n}]") for n, size in enumerate(window_size))
-    return diagonal - left, diagonal + right
+    left, right = (_as_limit(size, f"window_size[{n}]") for n, size in enumerate(pair))
+    return left, right
 
 
-def _limit(size: int, name: str) -> int:
+def _as_limit(size: int, name: str) -> int:
     size = as_int(size, name)
     if size < -1:
         raise ValueError(f"{name} must be at least 0, or -1 for no limit, got {size}")
-    return _FAR if size == -1 else size
+    return size
+
+
+def _distance(limit: int) -> int:
+    return _FAR if limit == -1 else limit
+
+
+def _strip(diagonal: IntArray, window_size: IntegersLike) -> tuple[IntArray, IntArray]:
+    """``lo`` and ``hi`` of a window around the diagonal ``j - i = diagonal``."""
+    left, right = map(_distance, as_window(window_size))
+    return diagonal - left, diagonal + right
 
 
 def _borders(cu_seqlens: SeqlensLike, name: str) -> IntArray:

@@ -1,6 +1,6 @@
 """AttnRanges: a list of half-open ranges of token positions."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Union, overload
 
@@ -81,7 +81,7 @@ class AttnRanges:
             TypeError: If it is no such thing, or the borders are not integers.
             ValueError: If something is not a pair, or a range is reversed or negative.
         """
-        if isinstance(ranges, (AttnRange, str)) or not hasattr(ranges, "__iter__"):
+        if isinstance(ranges, (AttnRange, str, Set, Mapping)) or not hasattr(ranges, "__iter__"):
             raise TypeError(f"{name} must be AttnRanges, or a sequence of ranges or pairs, got {ranges!r}")
         if not isinstance(ranges, AttnRanges) and hasattr(ranges, "dtype"):
             array = as_int_array(ranges, name)

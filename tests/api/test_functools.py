@@ -27,6 +27,9 @@ def test_pad_and_unpad() -> None:
         functools.pad_at_dim(x, 2, 1)
     with pytest.raises(ValueError, match="side must be"):
         functools.pad_at_dim(x, 0, 1, side="up")
+    for pad in (functools.pad_at_dim, functools.unpad_at_dim):
+        with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, not ndarray"):
+            pad(x.numpy(), 0, 1)  # type: ignore[arg-type]
 
 
 def test_apply_padding_adds_rows_that_attend_nothing() -> None:
@@ -48,6 +51,8 @@ def test_batches() -> None:
     assert functools.squash_batch_dim(torch.zeros(2, 3, 4)).shape == (6, 4)
     with pytest.raises(ValueError, match="batch and a sequence dimension"):
         functools.squash_batch_dim(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, not list"):
+        functools.squash_batch_dim([[1]])  # type: ignore[arg-type]
     for infer in (functools.full_attention_to_varlen_attention, functools.infer_varlen_mask_from_batch):
         cu_q, cu_k = infer(3, 5)
         assert cu_q.tolist() == cu_k.tolist() == [0, 5, 10, 15] and cu_q.dtype == torch.int32

@@ -188,6 +188,8 @@ def test_plans_made_ahead(key: DistAttnRuntimeKey) -> None:
             "over 40 .* of 37",
         ),
         (lambda key: make_varlen_key_for_new_mask_after_dispatch(CU, CU, key, window_size=(-2, 0)), ValueError, "-2"),
+        (lambda key: make_varlen_key_for_new_mask_after_dispatch(CU, CU, key, window_size=9), ValueError, "a pair"),
+        (lambda key: make_varlen_key_for_new_mask_after_dispatch(CU, CU, key, (9, 0)), TypeError, "causal must be"),
         (lambda key: make_varlen_key_for_new_mask_after_dispatch(CU, CU, "key"), TypeError, "must be a DistAttnRuntim"),
         (lambda key: new_key(builders.full(37), None), TypeError, "must be a DistAttnRuntimeKey"),
         (lambda key: new_key(builders.full(37), key, plan=1), TypeError, "plan must be what plan_attention returns"),

@@ -102,6 +102,23 @@ def test_compiled_with_values_of_another_head_dim(head_dim_v: int) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+def loss_with_softcap(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float, scale: float) -> torch.Tensor:
+    return flex_flash_attn_func(q * 2, k, v, RANGES, RANGES, softcap=softcap, softmax_scale=scale)[0].square().sum()
+
+
+def test_compiled_with_other_numbers() -> None:
+    """Which torch.compile takes for variables from the second call on; also the head_dim, and with it the scale."""
+    torch.compiler.reset()
+    compiled = torch.compile(loss_with_softcap, fullgraph=True, backend="aot_eager")
+    for softcap, scale in ((3.0, 0.5), (4.0, 0.5), (4.0, 0.25)):
+        qkv = inputs(9)
+        torch.testing.assert_close(compiled(*qkv, softcap, scale), loss_with_softcap(*qkv, softcap, scale))
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for head_dim in (8, 16):
+        qkv = [x.detach().repeat(1, 1, head_dim // 8) for x in inputs(9)]
+        torch.testing.assert_close(compiled(*qkv, RANGES, TYPES), loss_of(*qkv, RANGES, TYPES))
+
+
 def test_a_mistake_in_a_compiled_call_is_the_same_error() -> None:
     torch.compiler.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")

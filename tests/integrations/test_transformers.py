@@ -202,6 +202,8 @@ def test_one_dispatch_balanced_for_what_costs_most(local_group: dist.ProcessGrou
 # --- What is refused ------------------------------------------------------------------------------------------------
 
 IDS = torch.zeros(2, 6, dtype=torch.int64)
+NUMBERED = torch.tensor([[1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 0, 0]])
+AGAIN = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,9 @@ IDS = torch.zeros(2, 6, dtype=torch.int64)
         ({"input_ids": IDS, "attention_mask": IDS[:, None, None]}, {}, r"attention_mask'\] has shape \(2, 1, 1, 6\)"),
         ({"input_ids": IDS, "attention_mask": IDS}, {}, "the batch has no token"),
         ({"input_ids": IDS, "attention_mask": IDS + 1}, {"cu_seqlens": [0, 12]}, "give one of them"),
+        ({"input_ids": IDS, "attention_mask": NUMBERED}, {}, r"1 for tokens and 0 for padding, but there is 2"),
+        ({"input_ids": IDS, "attention_mask": IDS.float() - torch.inf}, {}, "0 for padding, but there is -inf"),
+        ({"input_ids": IDS, "attention_mask": IDS + 1, "position_ids": AGAIN}, {}, "position_ids'] go back inside"),
         ({"input_ids": IDS}, {"cu_seqlens": [0, 6]}, "cu_seqlens ends at 6, but the batch has 12 tokens"),
         ({"input_ids": IDS}, {"cp_group": None}, "exactly one of cp_group and cp_mesh"),
     ],

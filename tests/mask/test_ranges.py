@@ -276,6 +276,8 @@ def test_as_array_of_nothing(ranges: object) -> None:
         ([(0.0, 1.0)], TypeError, "k_ranges must hold integers, got float64"),
         (torch.zeros(2, 2), TypeError, "k_ranges must hold integers"),
         ([("a", "b")], TypeError, "k_ranges must hold integers"),
+        ({(0, 1), (1, 3)}, TypeError, "k_ranges must be AttnRanges, or a sequence"),
+        ({(0, 1): "full"}, TypeError, "k_ranges must be AttnRanges, or a sequence"),
     ],
 )
 def test_as_array_refuses(ranges: object, error: type[Exception], message: str) -> None:

@@ -66,7 +66,8 @@ def dispatch_batch(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If shapes do not fit together, the batch has other entries or no token, the model's attention is
+        ValueError: If shapes do not fit together, the batch has other entries or no token, ``attention_mask`` is other
+            than 0 and 1 or keeps a row as one document whose ``position_ids`` begin anew, the model's attention is
             another implementation, or it has layers that cannot be context-parallel.
     """
     check_implementation(config)
@@ -197,6 +198,23 @@ def _check_batch(given: Mapping[str, Any]) -> str:
     return content
 
 
+def _kept(attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens a mask keeps, bool; each row is a document, and must not look like several."""
+    keep = attention_mask == 1
+    other = attention_mask[~keep & (attention_mask != 0)]
+    if len(other):
+        raise ValueError(
+            f"batch['attention_mask'] must be 1 for tokens and 0 for padding, but there is {other[0].item()}; where it "
+            "numbers the documents of a row, give cu_seqlens in its place"
+        )
+    if position_ids is not None and ((position_ids.diff(dim=1) < 0) & keep[:, 1:] & keep[:, :-1]).any():
+        raise ValueError(
+            "batch['position_ids'] go back inside a row that batch['attention_mask'] makes one document: leave out the "
+            "attention_mask, or give cu_seqlens in its place"
+        )
+    return keep
+
+
 def _documents(
     given: Mapping[str, torch.Tensor], content: torch.Tensor, cu_seqlens: torch.Tensor | Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +230,7 @@ def _documents(
         first[borders[:-1]] = True  # empty documents at the end begin behind the last token
         return keep, first[:-1].to(keep.device)
     if "attention_mask" in given:
-        keep = given["attention_mask"].bool()
+        keep = _kept(given["attention_mask"], given.get("position_ids"))
     first = keep & (keep.cumsum(1) == 1)
     if "position_ids" in given and "attention_mask" not in given:
         first[:, 1:] |= given["position_ids"].diff(dim=1) != 1
