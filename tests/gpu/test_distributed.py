@@ -110,9 +110,9 @@ def repeat(rank: int, group: dist.ProcessGroup, problem: Problem) -> bool:
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS))
-def test_deterministic_runs_are_bitwise_equal(gpus: RankPool, config: str) -> None:
-    problem = make_problem(builders.causal(4000), CONFIGS[config])
-    assert all(gpus.run(repeat, 2, problem))
+@pytest.mark.parametrize("name", ["causal", "varlen causal"])
+def test_deterministic_runs_are_bitwise_equal(gpus: RankPool, name: str, config: str) -> None:
+    assert all(gpus.run(repeat, 2, make_problem(named_masks(4000)[name], CONFIGS[config])))
 
 
 def without_synchronisation(rank: int, group: dist.ProcessGroup, problem: Problem) -> None:

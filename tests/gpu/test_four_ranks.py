@@ -2,6 +2,7 @@
 with heads split."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from magi_attention.mask import builders
 from magi_attention.testing.mask_zoo import named_masks
 from magi_attention.testing.rank_pool import RankPool
 
-from ..runtime.attention_on_ranks import Problem, attend, make_key
+from ..runtime.attention_on_ranks import Problem, attend, make_key, waiting
 from ..runtime.test_hierarchy import mesh_of
 from .test_distributed import check_on_gpu, local_inputs, make_problem, on_gpu, step
 
@@ -35,8 +36,15 @@ def gpus() -> Iterator[RankPool]:
         yield pool
 
 
-def config(degree: int, intra_node: IntraNode) -> DistAttnConfig:
-    return DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=64), intra_node=intra_node)
+CONFIGS = {
+    f"degree {degree}": DistAttnConfig(overlap_config=OverlapConfig(degree=degree, min_chunk_size=64))
+    for degree in (0, 1, 2)
+}
+CONFIGS["waiting"] = waiting(degree=3)
+
+
+def config(name: str, intra_node: IntraNode) -> DistAttnConfig:
+    return replace(CONFIGS[name], intra_node=intra_node)
 
 
 def ranks_of(group: dist.ProcessGroup, nodes: Nodes) -> dist.ProcessGroup | DeviceMesh:
@@ -49,10 +57,9 @@ def attend_all(rank: int, group: dist.ProcessGroup, problems: list[Problem], nod
 
 
 @pytest.mark.parametrize(("nodes", "intra_node"), WAYS, ids=ids)
-@pytest.mark.parametrize("degree", [0, 1, 3])
-def test_named_masks(gpus: RankPool, nodes: Nodes, intra_node: IntraNode, degree: int) -> None:
-    zoo = named_masks(1300)
-    problems = [make_problem(zoo[name], config(degree, intra_node), HEADS) for name in sorted(zoo)]
+@pytest.mark.parametrize("name", ["degree 0", "degree 1", "waiting"])
+def test_named_masks(gpus: RankPool, nodes: Nodes, intra_node: IntraNode, name: str) -> None:
+    problems = [make_problem(mask, config(name, intra_node), HEADS) for _, mask in sorted(named_masks(1300).items())]
     first, *others = gpus.run(attend_all, 4, problems, nodes)
     for n, (problem, results) in enumerate(zip(problems, first, strict=True)):
         assert all(torch.equal(a, b[n][i]) for b in others for i, a in enumerate(results))
@@ -68,7 +75,7 @@ def repeat(rank: int, group: dist.ProcessGroup, problem: Problem, nodes: Nodes) 
 
 @pytest.mark.parametrize(("nodes", "intra_node"), WAYS, ids=ids)
 def test_deterministic_runs_are_bitwise_equal(gpus: RankPool, nodes: Nodes, intra_node: IntraNode) -> None:
-    assert all(gpus.run(repeat, 4, make_problem(builders.causal(4000), config(2, intra_node), HEADS), nodes))
+    assert all(gpus.run(repeat, 4, make_problem(builders.causal(4000), config("degree 2", intra_node), HEADS), nodes))
 
 
 def several_shapes(rank: int, group: dist.ProcessGroup, problem: Problem) -> list[list[Tensor]]:
@@ -82,7 +89,7 @@ def several_shapes(rank: int, group: dist.ProcessGroup, problem: Problem) -> lis
 
 
 def test_groups_and_meshes_in_one_process(gpus: RankPool) -> None:
-    problem = make_problem(builders.varlen([0, 500, 1300, 4000], causal=True), config(1, "sequence"))
+    problem = make_problem(builders.varlen([0, 500, 1300, 4000], causal=True), config("degree 1", "sequence"))
     for flat, two_level, nodes_of_one, flat_again, two_level_again in gpus.run(several_shapes, 4, problem):
         for a, b in ((flat, flat_again), (flat, nodes_of_one), (two_level, two_level_again)):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
