@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 pytest: $(VENV)/.installed-dev tritons
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 tritons: $(TRITONS:%=$(VENV)/triton-%/.installed)
 
