@@ -26,6 +26,7 @@ from magi_attention.api import (
     magi_attn_varlen_dispatch,
     magi_attn_varlen_key,
     plan_attention,
+    roll,
     undispatch,
 )
 from magi_attention.mask import builders
@@ -150,6 +151,19 @@ def test_devices_hold_what_was_used_last(local_group: dist.ProcessGroup, monkeyp
         assert torch.equal(calc_attn(*[dispatch(x, key)] * 3, key)[0], x)
         made.append([len(runtimes._runtimes[key]._programs) for key in keys])
     assert made == [[1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1]]
+
+
+def test_devices_hold_what_a_graph_has_captured(
+    local_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr("magi_attention.runtime.runtime.keep_if_captured", lambda x, device: kept.append(x) or x)
+    key = magi_attn_varlen_key([0, 7], [0, 7], 0, 1, local_group)
+    x = dispatch(torch.zeros(7, 1, 8), key)
+    undispatch(calc_attn(roll(x, 1, 0, key), x, x, key)[0], key)
+    runtime = runtimes.get(key)
+    for made in (runtime._programs, runtime._dispatches, runtime._rolls):
+        assert made and all(any(x is y for y in kept) for x in made.values())
 
 
 def test_a_plan_made_ahead(local_group: dist.ProcessGroup) -> None:
