@@ -99,8 +99,7 @@ class Pack:
         journey = self.journeys[transport]
         loop = journey.loops[way]
         seconds = step_seconds(loop, way, journey.work, journey.amounts, costs)
-        areas = ((j.work.forward_areas, j.work.part_areas)[way] for j in (journey, self.measured_as))
-        same_stages = np.array_equal(*areas)
+        same_stages = np.array_equal(journey.work.areas(way), self.measured_as.work.areas(way))
         attends = np.array([step.kind == "attend" for step in loop.steps])
         for rank, times in measured.items():
             if same_stages:

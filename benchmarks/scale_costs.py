@@ -161,8 +161,7 @@ class Fit:
 
 def step_seconds(loop: Loop, way: int, work: Work, amounts: Amounts, costs: Costs) -> Array:
     """Seconds of each step on each rank, ``(len(loop.steps), num_ranks)``, by ``costs``."""
-    areas = (work.forward_areas, work.part_areas)[way]
-    attend = costs.attend(amounts, way) * areas / np.maximum(work.area, 1)
+    attend = costs.attend(amounts, way) * work.areas(way) / np.maximum(work.area, 1)
     packed, unpacked = moved_bytes(loop, amounts.heads, work.received, work.sent)
     seconds = np.zeros((len(loop.steps), len(work.area)))
     for n, step in enumerate(loop.steps):

@@ -21,7 +21,6 @@ from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.params import AttnParams
 from magi_attention.mask import builders
 from magi_attention.planning import RankPlan, plan_attention
-from magi_attention.planning.joining import join_first_stage
 from magi_attention.runtime.dist_attn import DistAttn
 from magi_attention.runtime.program import RankProgram
 
@@ -105,7 +104,7 @@ def measure_rank(bench: Bench, plan: RankPlan, heads: Heads, seconds: float, one
     """
     wire = CutWire(plan.rank, plan.dispatch.cp_size, Recorder(bench.clock))
     run = _runner(bench, plan, heads, wire)
-    program = _prepare(bench, plan, wire, one_host)
+    program = RankProgram.prepare(plan, CutGroup(wire), bench.engine, bench.device, one_host)
     recorded = replace(program, engine=RecordedEngine(bench.engine, wire.recorder))
     _check_finite(run(recorded)[1])  # the first run compiles, and makes what is made at first use
     start = time.monotonic()
@@ -158,7 +157,7 @@ def loop_of(num_stages: int, grad_wire_dtype: GradWireDtype = "float32") -> tupl
     plan = plan_attention(builders.causal(cp_size * rows), cp_size, rows, config=config).rank(cp_size - 1)
     bench = Bench(reference, AttnParams(softmax_scale=1.0), torch.device("cpu"), HostClock())
     wire = CutWire(plan.rank, cp_size, Recorder(bench.clock))
-    program = _prepare(bench, plan, wire, one_host=True)
+    program = RankProgram.prepare(plan, CutGroup(wire), bench.engine, bench.device, one_host=True)
     recorded = replace(program, engine=RecordedEngine(bench.engine, wire.recorder))
     passes, _ = _runner(bench, plan, Heads(1, 1, 8), wire)(recorded)
     sends = [sum(step.kind == "send" for step in p.steps) for p in passes]
@@ -209,11 +208,6 @@ def replay(
         else:
             clock = clock + step_seconds
     return clock, waited
-
-
-def _prepare(bench: Bench, plan: RankPlan, wire: CutWire, one_host: bool) -> RankProgram:
-    joined = join_first_stage(plan, one_host)
-    return RankProgram.prepare(plan, CutGroup(wire), bench.engine, bench.device, joined)
 
 
 def _runner(

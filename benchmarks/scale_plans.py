@@ -64,6 +64,10 @@ class Work:
         """Unmasked cells of each rank, ``(cp_size,)``."""
         return self.part_areas.sum(axis=0)
 
+    def areas(self, way: int) -> IntArray:
+        """Of the parts of a pass, ``FORWARD`` or ``BACKWARD`` of ``scale_costs.py``."""
+        return (self.forward_areas, self.part_areas)[way]
+
     @property
     def imbalance(self) -> float:
         """Largest area over the mean."""

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from magi_attention.kernels.validate import check_tensor
 from magi_attention.mask import AttnMask, AttnMaskType, AttnRange, AttnRanges, builders, from_dense
 from magi_attention.mask.integers import as_int, as_length
 from magi_attention.mask.slices import MaskTypesLike, parse_mask_types
@@ -69,16 +70,11 @@ def unpad_at_dim(x: torch.Tensor, dim: int, pad_size: int, side: str = "right") 
 
 
 def _checked_dim(x: torch.Tensor, dim: int) -> int:
-    _check_tensor(x)
+    check_tensor("x", x)
     dim = as_int(dim, "dim")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim must be one of the {x.ndim} dimensions of x, {tuple(x.shape)}, not {dim}")
     return dim
-
-
-def _check_tensor(x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
 
 
 def _check_side(side: str) -> None:
@@ -128,7 +124,7 @@ def squash_batch_dim(x: torch.Tensor) -> torch.Tensor:
         TypeError: If ``x`` is not a tensor.
         ValueError: If ``x`` has fewer than two dimensions.
     """
-    _check_tensor(x)
+    check_tensor("x", x)
     if x.ndim < 2:
         raise ValueError(f"x must have a batch and a sequence dimension, but its shape is {tuple(x.shape)}")
     return x.flatten(0, 1)

@@ -13,7 +13,7 @@ from magi_attention.config import DistAttnConfig
 from magi_attention.kernels.engine import choose_engine
 from magi_attention.kernels.on_device import on_device
 from magi_attention.kernels.params import AttnParams
-from magi_attention.kernels.validate import check_qkv, check_sink
+from magi_attention.kernels.validate import check_qkv, check_sink, check_tensor
 from magi_attention.mask.builders import SeqlensLike
 from magi_attention.mask.ranges import RangesLike
 from magi_attention.mask.slices import MaskTypesLike
@@ -354,7 +354,6 @@ def _check_grad(grad: str) -> None:
 
 
 def _check_rows(name: str, x: torch.Tensor, rows: int, what: str) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+    check_tensor(name, x)
     if x.ndim == 0 or x.shape[0] != rows:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the key is for {rows} {what}: they come first")

@@ -4,7 +4,7 @@ from magi_attention.api.outside_graphs import outside_graphs
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask import AttnMask, builders
 from magi_attention.mask.builders import SeqlensLike
-from magi_attention.mask.integers import as_flag
+from magi_attention.mask.integers import as_flag, as_window
 from magi_attention.mask.ranges import RangesLike
 from magi_attention.mask.slices import MaskTypesLike
 from magi_attention.planning import AttnPlan, RankPlan, Sources
@@ -60,7 +60,7 @@ def make_varlen_key_for_new_mask_after_dispatch(
             ``key_for_dispatch`` was evicted or is one of cross-attention, ``dist_attn_config`` would dispatch
             otherwise, or ``plan`` was made from other arguments.
     """
-    left, right = builders.as_window(window_size)
+    left, right = as_window(window_size)
     mask = builders.sliding_window(cu_seqlens_q, (left, 0 if as_flag(causal, "causal") else right), cu_seqlens_k)
     sources = _new_sources(is_same_source, is_k_permutable)
     return make_key_after_dispatch(mask, key_for_dispatch, dist_attn_config, plan, sources)

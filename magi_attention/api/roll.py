@@ -3,6 +3,7 @@
 import torch
 
 from magi_attention.api.outside_graphs import outside_graphs
+from magi_attention.kernels.validate import check_tensor
 from magi_attention.mask.integers import as_int
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.make_key import ready_runtime
@@ -46,8 +47,7 @@ def roll(x: torch.Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> torc
     """
     runtime = ready_runtime(key)
     shift, dim = as_int(shift, "shift"), as_int(dim, "dim")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
+    check_tensor("x", x)
     local_seqlen = runtime.dispatch.local_seqlens[runtime.rank]
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != local_seqlen:
         raise ValueError(

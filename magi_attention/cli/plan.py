@@ -111,7 +111,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="locality",
         help="how chunks are given to ranks",
     )
-    add_further_option(plan, "tolerance", type=float, metavar="X", help="allowed imbalance")
+    add_further_option(plan, "tolerance", metavar="X", help="allowed imbalance")
     plan.add_argument(
         "--degree", type=degree, default=1, metavar="N", help="overlap stages, or dynamic: as predicted times say"
     )
@@ -136,14 +136,13 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Help with defaults, and with the columns one below the other."""
 
 
-def add_further_option(
-    parser: argparse.ArgumentParser, name: str, help: str, type: Callable[[str], object] = int, **options: Any
-) -> None:
+def add_further_option(parser: argparse.ArgumentParser, name: str, help: str, **options: Any) -> None:
     """Add one of ``FURTHER_OPTIONS``; left out, it is not there, so that it can be told from its default."""
     default, other, values = FURTHER_OPTIONS[name]
-    text = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    defaults = default if isinstance(default, tuple) else (default,)
+    text, kind = " ".join(map(str, defaults)), type(defaults[0])
     help = f"{help}; for --{other} {' and '.join(values)} (default: {text})"
-    parser.add_argument("--" + name.replace("_", "-"), type=type, default=argparse.SUPPRESS, help=help, **options)
+    parser.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=help, **options)
 
 
 def complete_options(args: argparse.Namespace) -> None:

@@ -5,6 +5,16 @@ import torch
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def check_tensor(name: str, x: torch.Tensor) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: If ``x``, the argument of that name, is something else.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+
+
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse queries, keys and values that do not fit together.
 
@@ -19,8 +29,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+        check_tensor(name, x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:

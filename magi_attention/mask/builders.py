@@ -13,7 +13,17 @@ import numpy as np
 
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import IntArray, ranges_to_indices
-from magi_attention.mask.integers import IntegersLike, as_cu_seqlens, as_flag, as_int, as_length, as_lengths, as_size
+from magi_attention.mask.integers import (
+    IntegersLike,
+    as_cu_seqlens,
+    as_flag,
+    as_int,
+    as_length,
+    as_lengths,
+    as_limit,
+    as_size,
+    as_window,
+)
 
 SeqlensLike = int | IntegersLike
 
@@ -144,7 +154,7 @@ def block_causal(cu_seqlens: SeqlensLike, block_size: int, window: int = -1, cau
     """
     borders = _borders(cu_seqlens, "cu_seqlens")
     block_size = as_size(block_size, "block_size")
-    reach = min(_distance(_as_limit(window, "window")) * block_size, _FAR)
+    reach = min(_distance(as_limit(window, "window")) * block_size, _FAR)
     count = -(-np.diff(borders) // block_size)
     document = np.repeat(np.arange(len(count)), count)
     start = borders[document] + block_size * ranges_to_indices(np.zeros_like(count), count)
@@ -227,27 +237,6 @@ def _pairs(nodes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 def _stack(*columns: IntArray | int) -> IntArray:
     return np.stack(np.broadcast_arrays(*columns), axis=1)
-
-
-def as_window(window_size: IntegersLike) -> tuple[int, int]:
-    """``(left, right)`` as Python ints, each at least 0, or -1 for no limit.
-
-    Raises:
-        TypeError: If one is not an integer.
-        ValueError: If ``window_size`` is no pair, or one is below -1.
-    """
-    pair = window_size if isinstance(window_size, Sequence) else getattr(window_size, "tolist", lambda: None)()
-    if not isinstance(pair, Sequence) or len(pair) != 2:
-        raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
-    left, right = (_as_limit(size, f"window_size[{n}]") for n, size in enumerate(pair))
-    return left, right
-
-
-def _as_limit(size: int, name: str) -> int:
-    size = as_int(size, name)
-    if size < -1:
-        raise ValueError(f"{name} must be at least 0, or -1 for no limit, got {size}")
-    return size
 
 
 def _distance(limit: int) -> int:

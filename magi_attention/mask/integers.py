@@ -72,6 +72,33 @@ def as_size(value: Any, name: str) -> int:
     return size
 
 
+def as_limit(value: Any, name: str) -> int:
+    """A Python int that is not negative, or -1 for no limit.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+        ValueError: If it is below -1.
+    """
+    limit = as_int(value, name)
+    if limit < -1:
+        raise ValueError(f"{name} must be at least 0, or -1 for no limit, got {limit}")
+    return limit
+
+
+def as_window(window_size: IntegersLike) -> tuple[int, int]:
+    """``(left, right)`` as Python ints, each at least 0, or -1 for no limit.
+
+    Raises:
+        TypeError: If one is not an integer.
+        ValueError: If ``window_size`` is no pair, or one is below -1.
+    """
+    pair = window_size if isinstance(window_size, Sequence) else getattr(window_size, "tolist", lambda: None)()
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
+    left, right = (as_limit(size, f"window_size[{n}]") for n, size in enumerate(pair))
+    return left, right
+
+
 def as_array(values: Any, name: str) -> NDArray[Any]:
     """Numbers in a nested sequence, array or tensor as an array; it may share memory with ``values``.
 

@@ -10,7 +10,7 @@ from magi_attention.comm.row_exchange import copy_indices
 from magi_attention.kernels.engine import Engine
 from magi_attention.kernels.parts import make_parts
 from magi_attention.planning import RankPlan
-from magi_attention.planning.joining import Joined
+from magi_attention.planning.joining import join_first_stage
 from magi_attention.runtime.groups import CpGroup
 
 
@@ -66,7 +66,7 @@ class RankProgram:
 
     @classmethod
     def prepare(
-        cls, plan: RankPlan, group: CpGroup, engine: Engine, device: torch.device, joined: Joined | None = None
+        cls, plan: RankPlan, group: CpGroup, engine: Engine, device: torch.device, one_host: bool
     ) -> "RankProgram":
         """Compile a plan's bands into the engine's schedules and copy its routing to ``device``.
 
@@ -75,8 +75,9 @@ class RankProgram:
             group: The ranks that it is over.
             engine: The attention kernels.
             device: Where they run.
-            joined: The first two calls of the forward pass, if queries wait for the first stage.
+            one_host: Whether the rows travel inside of a host, where more queries may wait for the first stage.
         """
+        joined = join_first_stage(plan, one_host)
         bands = [plan.local_bands, *(stage.bands for stage in plan.stages)]
         keys = [plan.local_seqlen_k, *(stage.collective.num_recv_rows for stage in plan.stages)]
         exchanges = [group.exchange(stage.collective, device) for stage in plan.stages]

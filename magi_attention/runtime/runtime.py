@@ -9,7 +9,6 @@ import torch.distributed as dist
 from magi_attention.kernels.captured import keep_if_captured
 from magi_attention.kernels.engine import Engine
 from magi_attention.planning import DispatchPlan, RankPlan
-from magi_attention.planning.joining import join_first_stage
 from magi_attention.planning.node_shares import cut_among_ranks
 from magi_attention.planning.roll_plan import plan_roll
 from magi_attention.runtime.agreement import Agreement
@@ -68,8 +67,7 @@ class DistAttnRuntime:
         name = (engine.name, device)
         if name not in self._programs:
             planned = self.cp_group.planned_for(self.plan.config.intra_node)
-            joined = join_first_stage(self.plan, self.agreement.one_host)
-            self._programs[name] = RankProgram.prepare(self.plan, planned, engine, device, joined)
+            self._programs[name] = RankProgram.prepare(self.plan, planned, engine, device, self.agreement.one_host)
         return keep_if_captured(self._programs[name], device)
 
     def dispatch_of(self, side: Side) -> DispatchPlan:

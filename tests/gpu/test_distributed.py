@@ -22,7 +22,6 @@ from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.kernels import reference
 from magi_attention.mask import AttnMask, builders
 from magi_attention.planning import plan_attention
-from magi_attention.planning.joining import join_first_stage
 from magi_attention.runtime.cache import runtimes
 from magi_attention.runtime.program import RankProgram
 from magi_attention.testing.mask_zoo import named_masks
@@ -161,10 +160,9 @@ def runs_beside_own_keys(problem: Problem) -> bool:
     """The same of the forward pass."""
     plan = plan_attention(problem.mask, 2, problem.chunk_size, config=problem.config)
     group: Any = SimpleNamespace(exchange=lambda *args: None)
-    programs = []
-    for rank in map(plan.rank, range(2)):
-        joined = join_first_stage(rank, one_host=True)
-        programs.append(RankProgram.prepare(rank, group, reference, torch.device("cpu"), joined))
+    programs = [
+        RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu"), one_host=True) for rank in range(2)
+    ]
     assert programs[0].parts_apart == programs[1].parts_apart
     return programs[0].parts_apart
 

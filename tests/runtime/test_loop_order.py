@@ -178,5 +178,7 @@ def test_own_keys_fill_where_the_plan_says_so() -> None:
     config = DistAttnConfig(dispatch_config=DispatchConfig(order="contiguous"))
     plan = plan_attention(builders.varlen([0, 256, *range(272, 513, 16)], causal=True), 2, 32, config=config)
     group: Any = SimpleNamespace(exchange=lambda *args: None)
-    programs = [RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu")) for rank in range(2)]
+    programs = [
+        RankProgram.prepare(plan.rank(rank), group, reference, torch.device("cpu"), one_host=True) for rank in range(2)
+    ]
     assert [program.own_keys_fill for program in programs] == plan.own_keys_fill.tolist() == [False, True]
